@@ -1,0 +1,158 @@
+"""Applying a plan: dense weights -> MoE blocks, in the live module or in a graph.
+
+The work is in two steps. ``build_block`` with a plan without fitted tensors only rearranges weights; all experts on, that is
+the dense FFN. With fitted tensors it adds the compensation and the router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .block import MoEFFN
+from .errors import MatchError, PlanError
+from .plan import BIAS, DOWN, MEANS, ROUTER, MoEPlan, SitePlan
+from .sites import DenseFFN
+
+
+@torch.no_grad()
+def build_block(plan: SitePlan, tensors: dict[str, Tensor], dense: DenseFFN) -> MoEFFN:
+    """One MoE block from the dense FFN's weights and the site's fitted tensors.
+
+    Returns:
+        A block on the device and in the dtype of the dense weights.
+
+    Raises:
+        PlanError: the plan or its tensors do not fit the FFN.
+    """
+    spec = plan.block_spec()
+    block = MoEFFN(spec).to(device=dense.up.device, dtype=dense.up.dtype)
+    shared = torch.tensor(plan.shared, dtype=torch.long, device=dense.up.device)
+    down = tensors[DOWN].to(dense.down) if DOWN in tensors else dense.down
+    if block.shared is not None:
+        block.shared.up_proj.weight.copy_(dense.up[shared])
+        block.shared.down_proj.weight.copy_(down[:, shared])
+        if block.shared.gate_proj is not None and dense.gate is not None:
+            block.shared.gate_proj.weight.copy_(dense.gate[shared])
+        if spec.input_bias:
+            _copy_bias(block.shared.up_proj.bias, dense.up_bias, shared)
+            if block.shared.gate_proj is not None:
+                _copy_bias(block.shared.gate_proj.bias, dense.gate_bias, shared)
+    rows = block.experts.up  # [N, GI, D]
+    biases = block.experts.up_bias_or_none
+    width = spec.expert_width
+    for number, neurons in enumerate(plan.experts):
+        index = torch.tensor(neurons, dtype=torch.long, device=dense.up.device)
+        halves = [(dense.gate, dense.gate_bias), (dense.up, dense.up_bias)] if spec.gated else [(dense.up, dense.up_bias)]
+        for half, (weight, bias) in enumerate(halves):
+            window = slice(half * width, half * width + len(neurons))
+            assert weight is not None
+            rows[number, window] = weight[index]
+            if biases is not None and bias is not None:
+                biases[number, window] = bias[index]
+        block.experts.down_proj[number, :, : len(neurons)] = down[:, index]
+    _fill_exact(block, plan, dense, shared)
+    _fill_biases(block, plan, tensors, dense, down)
+    if block.router is not None:
+        own = dict(block.router.named_parameters())
+        for name, parameter in own.items():
+            if ROUTER + name in tensors:
+                if parameter.shape != tensors[ROUTER + name].shape:
+                    raise PlanError(f"site {plan.site.name}: the router's '{name}' has the wrong shape")
+                parameter.copy_(tensors[ROUTER + name])
+    return block
+
+
+def _copy_bias(target: Tensor, source: Tensor | None, index: Tensor) -> None:
+    if source is not None:
+        target.copy_(source[index])
+    else:
+        target.zero_()
+
+
+def _fill_exact(block: MoEFFN, plan: SitePlan, dense: DenseFFN, shared: Tensor) -> None:
+    if block.exact is None:
+        return
+    for number, neurons in enumerate(plan.experts):
+        index = torch.tensor(neurons, dtype=torch.long, device=dense.down.device)
+        block.exact.experts[number, :, : len(neurons)] = dense.down[:, index]
+    if block.exact.shared is not None:
+        block.exact.shared.copy_(dense.down[:, shared])
+    if block.exact.bias is not None and dense.down_bias is not None:
+        block.exact.bias.copy_(dense.down_bias)
+
+
+def _fill_biases(block: MoEFFN, plan: SitePlan, tensors: dict[str, Tensor], dense: DenseFFN, down: Tensor) -> None:
+    """bias = dense bias + fitted bias + sum_e c_e and each expert's own -c_e, with c_e = sum over its j of mu_j w_j."""
+    if block.bias is None:
+        return
+    total = torch.zeros_like(block.bias, dtype=torch.float64)
+    if dense.down_bias is not None:
+        total += dense.down_bias
+    if BIAS in tensors:
+        total += tensors[BIAS].to(total)
+    if MEANS in tensors:
+        means = tensors[MEANS].to(total)
+        for number, neurons in enumerate(plan.experts):
+            index = torch.tensor(neurons, dtype=torch.long, device=total.device)
+            constant = down[:, index].to(total) @ means[index]
+            total += constant
+            assert block.experts.down_bias is not None
+            block.experts.down_bias[number] = -constant.to(block.bias.dtype)
+    block.bias.copy_(total)
+
+
+def install(model: nn.Module, plan: MoEPlan, blocks: Iterable[MoEFFN]) -> nn.Module:
+    """Put blocks into a live module, in place.
+
+    Raises:
+        MatchError: a site can only be rewritten in the graph.
+    """
+    refused = [site.site for site in plan.sites if site.site.placement is None]
+    if refused:
+        raise MatchError(
+            f"{refused[0].name} cannot be replaced in the live module: {refused[0].refusal}; convert(..., form='graph') can"
+        )
+    for site, block in zip(plan.sites, blocks, strict=True):
+        placement = site.site.placement
+        assert placement is not None
+        block.train(model.get_submodule(placement.block).training)
+        _set_module(model, placement.block, block)
+        for path in placement.bypass:
+            _set_module(model, path, nn.Identity())
+    return model
+
+
+def build_blocks(model: nn.Module, plan: MoEPlan) -> list[MoEFFN]:
+    """A block per site, from the dense model's weights."""
+    return [
+        build_block(site, plan.site_tensors(site.site.name), DenseFFN.read(site.site, model)) for site in plan.sites
+    ]
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent) if parent else model
+    if not hasattr(owner, name):
+        raise PlanError(f"the model has no module '{path}': plan and model differ")
+    setattr(owner, name, module)
+
+
+def moe_blocks(model: nn.Module) -> dict[str, MoEFFN]:
+    """The MoE blocks of a converted model, by module path, in the order of the model's modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoEFFN)}
+
+
+def set_top_k(model: nn.Module, k: int | None) -> None:
+    """Set how many experts every block chooses; None means all of them.
+
+    Raises:
+        PlanError: the model has no MoE block, or a block has no such k.
+    """
+    blocks = moe_blocks(model)
+    if not blocks:
+        raise PlanError("the model has no MoE block; convert it first")
+    for block in blocks.values():
+        block.top_k = block.spec.experts if k is None else k

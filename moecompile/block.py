@@ -1,0 +1,195 @@
+"""The MoE block: the one definition that the rewritten graph and the live module share.
+
+    y = shared(x) + sum over chosen e of (W_down,e act(W_gate,e x) * (W_up,e x) + c_e) + bias
+
+c_e and bias carry the compensation for idle experts: each expert subtracts its own mean contribution, the bias holds the sum
+of all of them, so the compensation vanishes when every expert is on. Letters: N experts, K chosen, D hidden, I expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .activations import Activation
+from .errors import PlanError
+from .ops import expert_ffn
+from .routers import ROUTERS
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The shape of one MoE block; everything needed to build it empty.
+
+    Attributes:
+        hidden_size: D.
+        shared_width: neurons that are always on.
+        experts: N.
+        expert_width: I; experts with fewer neurons are padded with zero weights.
+        top_k: K at conversion.
+        gated: whether each neuron has a gate.
+        activation: a name or expression of :mod:`moecompile.activations`.
+        input_bias: whether gate and up projection have biases.
+        bias: whether the block adds a vector (the dense bias, the idle experts' means).
+        expert_bias: whether each expert subtracts its own mean.
+        router: a kind of :data:`moecompile.routers.ROUTERS`, or ``none``.
+        keep_exact: whether the dense down projection is kept beside the refitted one.
+        dropout: probability of the dropout behind the block.
+    """
+
+    hidden_size: int
+    shared_width: int
+    experts: int
+    expert_width: int
+    top_k: int
+    gated: bool
+    activation: str
+    input_bias: bool = False
+    bias: bool = False
+    expert_bias: bool = False
+    router: str = "none"
+    keep_exact: bool = False
+    dropout: float = 0.0
+
+
+class SharedExpert(nn.Module):
+    """The neurons that are always on: a plain or gated FFN without output bias."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.activation = spec.activation
+        wide = (spec.hidden_size, spec.shared_width)
+        self.gate_proj = nn.Linear(*wide, bias=spec.input_bias) if spec.gated else None
+        self.up_proj = nn.Linear(*wide, bias=spec.input_bias)
+        self.down_proj = nn.Linear(spec.shared_width, spec.hidden_size, bias=False)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, shared width), the down projection's input."""
+        act = Activation(self.activation)
+        if self.gate_proj is None:
+            return act(self.up_proj(x))
+        return act(self.gate_proj(x)) * self.up_proj(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.down_proj(self.hidden(x))
+
+
+class Experts(nn.Module):
+    """The routed experts as 3-D parameters.
+
+    Parameters: ``gate_up_proj`` (N, 2I, D) of a gated or ``up_proj`` (N, I, D) of a plain FFN, ``down_proj`` (N, D, I), and
+    where they exist ``gate_up_bias``/``up_bias`` (N, G*I) and ``down_bias`` (N, D).
+    """
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        n, i, d = spec.experts, spec.expert_width, spec.hidden_size
+        self.activation, self.gated = spec.activation, spec.gated
+        rows = 2 * i if spec.gated else i
+        self.up_name = "gate_up" if spec.gated else "up"
+        self.register_parameter(f"{self.up_name}_proj", nn.Parameter(torch.zeros(n, rows, d)))
+        self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.zeros(n, rows)) if spec.input_bias else None)
+        self.down_proj = nn.Parameter(torch.zeros(n, d, i))
+        self.down_bias = nn.Parameter(torch.zeros(n, d)) if spec.expert_bias else None
+
+    @property
+    def up(self) -> Tensor:
+        """(N, G*I, D)."""
+        return getattr(self, f"{self.up_name}_proj")
+
+    @property
+    def up_bias_or_none(self) -> Tensor | None:
+        """(N, G*I) or None."""
+        return getattr(self, f"{self.up_name}_bias")
+
+    def forward(
+        self, x: Tensor, ids: Tensor, weights: Tensor, down: Tensor | None = None, down_bias: Tensor | None = None
+    ) -> Tensor:
+        """(T, D), (T, K), (T, K) -> (T, D); ``down`` and ``down_bias`` stand in for the block's own where given."""
+        own = down is None
+        tensors = [x, weights, self.up, self.down_proj if own else down, self.up_bias_or_none, self.down_bias if own else down_bias]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        x, weights, up, down, up_bias, down_bias = tensors  # type: ignore[assignment]
+        return expert_ffn(x, ids, weights, up, down, up_bias, down_bias, self.activation, self.gated)
+
+
+class ExactDown(nn.Module):
+    """The dense down projection, kept beside a refitted one: (N, D, I), (D, shared width) and the dense bias (D,)."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(spec.experts, spec.hidden_size, spec.expert_width), requires_grad=False)
+        shared = torch.zeros(spec.hidden_size, spec.shared_width)
+        self.shared = nn.Parameter(shared, requires_grad=False) if spec.shared_width else None
+        self.bias = nn.Parameter(torch.zeros(spec.hidden_size), requires_grad=False) if spec.bias else None
+
+
+class MoEFFN(nn.Module):
+    """A feed-forward network as shared neurons and routed experts; reads and returns (..., D).
+
+    ``top_k`` may be set between calls, from 0 (shared neurons alone) to N (all of them, which is the dense FFN unless the
+    plan changed weights and kept no exact copy).
+    """
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        if spec.router != "none" and spec.router not in ROUTERS:
+            raise PlanError(f"there is no router '{spec.router}'; there are: none, {', '.join(ROUTERS)}")
+        self.spec = spec
+        self._top_k = spec.top_k
+        self.router = ROUTERS[spec.router](spec.hidden_size, spec.experts) if spec.router != "none" else None
+        self.experts = Experts(spec)
+        self.shared = SharedExpert(spec) if spec.shared_width else None
+        self.bias = nn.Parameter(torch.zeros(spec.hidden_size)) if spec.bias else None
+        self.exact = ExactDown(spec) if spec.keep_exact else None
+
+    @property
+    def top_k(self) -> int:
+        """Experts chosen per token."""
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, k: int) -> None:
+        if not 0 <= k <= self.spec.experts:
+            raise PlanError(f"top_k is {k}; this block has {self.spec.experts} experts")
+        if self.router is None and 0 < k < self.spec.experts:
+            raise PlanError(f"top_k is {k}, but this block has no router: only 0 or {self.spec.experts} can be had")
+        self._top_k = k
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert numbers and weights, (T, K) each, for tokens (T, D)."""
+        if self._top_k == self.spec.experts:
+            everyone = torch.arange(self.spec.experts, device=x.device).expand(x.shape[0], -1)
+            return everyone, torch.ones_like(everyone, dtype=x.dtype)
+        assert self.router is not None
+        return self.router(x, self._top_k)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
+        exact = self.exact if self._top_k == self.spec.experts else None
+        bias = self.bias if exact is None else exact.bias
+        parts: list[Tensor] = []
+        if self.shared is not None:
+            h = self.shared.hidden(x)
+            weight = self.shared.down_proj.weight if exact is None else exact.shared
+            assert weight is not None
+            parts.append(nn.functional.linear(h, weight))
+        if self._top_k > 0:
+            ids, weights = self.choose(x)
+            parts.append(self.experts(x, ids, weights, *(() if exact is None else (exact.experts,))))
+        y = sum(parts[1:], parts[0]) if parts else torch.zeros_like(x)
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        y = nn.functional.dropout(y, self.spec.dropout, self.training) if self.spec.dropout else y
+        return y.reshape(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        s = self.spec
+        return f"D={s.hidden_size}, shared={s.shared_width}, experts={s.experts}x{s.expert_width}, top_k={self._top_k}, {s.activation}"

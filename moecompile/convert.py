@@ -1,0 +1,272 @@
+"""From a dense model to an MoE: plan, check, convert."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .apply import build_blocks, install
+from .capture import Captured, capture, example_inputs, normalise_inputs
+from .costs import dense_costs, moe_costs
+from .errors import CaptureError, InputError, MatchError, PlanError
+from .match import Match, Matched, match
+from .parity import check_parity, evaluating
+from .passes import SplitFFN, run_passes
+from .plan import MoEPlan
+from .progress import Progress
+from .recipes import Recipe, make_plan
+from .recipes.base import Context
+from .sites import tensors_by_name
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model and what was measured on the way.
+
+    Attributes:
+        module: the MoE.
+        plan: how it was made.
+        matched: what was found in the dense model.
+        parity_max_abs_error: largest difference of outputs, all experts on, before any compensation.
+        parity_tolerance: how large it was allowed to be.
+        costs: parameters, FLOPs and bytes beside the dense model's.
+        seconds: per stage.
+    """
+
+    module: nn.Module
+    plan: MoEPlan
+    matched: Matched
+    parity_max_abs_error: float
+    parity_tolerance: float
+    costs: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def find_ffns(model: nn.Module, inputs: Any = None, filter_fn: Filter | None = None) -> tuple[Captured, Matched]:
+    """Capture a model (in eval mode) and match its FFNs; ``filter_fn(module, name)`` may leave some alone.
+
+    Raises:
+        CaptureError: it cannot be captured.
+        MatchError: there is no FFN to split.
+    """
+    with evaluating(model):
+        captured = capture(model, inputs)
+    matched = match(captured)
+    if not matched.matches:
+        why = f"; nearest: {matched.skipped[0].name}: {matched.skipped[0].reason}" if matched.skipped else ""
+        raise MatchError(f"no feed-forward network was found in {type(model).__name__}{why}")
+    if filter_fn is not None:
+        chosen = tuple(m for m in matched.matches if filter_fn(_module_at(model, m.site.name), m.site.name))
+        if not chosen:
+            raise MatchError("filter_fn leaves no feed-forward network to split")
+        matched = Matched(chosen, matched.skipped)
+    return captured, matched
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return model
+
+
+def plan(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Iterable[Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    filter_fn: Filter | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> MoEPlan:
+    """How a recipe would split a model; the model is not changed.
+
+    Args:
+        model: any module that can be captured.
+        recipe: an instance of a class of :mod:`moecompile.recipes`.
+        calibration: model inputs (dicts of keyword arguments, tuples, or tensors), for recipes that look at data.
+        example_inputs: inputs to capture with; by default the first calibration batch, or a guess for transformers models.
+        filter_fn: ``filter_fn(module, name) -> bool``, which FFNs to split.
+        seed: for the recipe's random choices.
+        progress: shows how far the work is; silent by default.
+
+    Raises:
+        CaptureError, MatchError, PlanError, InputError: with the reason.
+    """
+    batches = list(calibration or ())
+    captured, matched = find_ffns(model, _capture_inputs(model, example_inputs, batches), filter_fn)
+    return _plan(captured, matched.matches, recipe, batches, seed, progress or Progress())
+
+
+def _plan(
+    captured: Captured, matches: tuple[Match, ...], recipe: Recipe, batches: list[Any], seed: int, progress: Progress
+) -> MoEPlan:
+    with evaluating(captured.module), torch.no_grad():
+        return make_plan(recipe, Context(captured, matches, batches, progress, seed))
+
+
+def _capture_inputs(model: nn.Module, inputs: Any, batches: list[Any]) -> Any:
+    """What to capture with. A guess is better than a batch (its sizes are not 1, so they stay symbolic) if its names agree."""
+    if inputs is not None or not batches:
+        return inputs
+    try:
+        guess = example_inputs(model)
+    except CaptureError:
+        return batches[0]
+    _, kwargs = normalise_inputs(model, batches[0])
+    return guess if set(kwargs) == set(guess) else batches[0]
+
+
+def convert(
+    model: nn.Module,
+    plan_or_recipe: MoEPlan | Recipe,
+    calibration: Iterable[Any] | None = None,
+    *,
+    form: str = "module",
+    inplace: bool = False,
+    keep_exact: bool = False,
+    example_inputs: Any = None,
+    filter_fn: Filter | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Turn a dense model into an MoE that trains, saves and generates.
+
+    The split is checked before anything is fitted: with all experts on it must be the dense model.
+
+    Args:
+        model: the dense model; left alone unless ``inplace``.
+        plan_or_recipe: a plan made earlier, or a recipe to make one by.
+        calibration: model inputs for the recipe.
+        form: ``module``, the live module with its FFNs replaced, or ``graph``, the captured graph rewritten.
+        inplace: replace the FFNs in ``model`` itself.
+        keep_exact: keep the dense down projection beside a refitted one, so that all experts on stays the dense model.
+        example_inputs, filter_fn, seed, progress: as for :func:`plan`.
+
+    Raises:
+        CaptureError, MatchError, PlanError, InputError: with the reason.
+        ParityError: the split model is not the dense one.
+    """
+    return convert_with_record(
+        model,
+        plan_or_recipe,
+        calibration,
+        form=form,
+        inplace=inplace,
+        keep_exact=keep_exact,
+        example_inputs=example_inputs,
+        filter_fn=filter_fn,
+        seed=seed,
+        progress=progress,
+    ).module
+
+
+def convert_with_record(
+    model: nn.Module,
+    plan_or_recipe: MoEPlan | Recipe,
+    calibration: Iterable[Any] | None = None,
+    *,
+    form: str = "module",
+    inplace: bool = False,
+    keep_exact: bool = False,
+    example_inputs: Any = None,
+    filter_fn: Filter | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Conversion:
+    """As :func:`convert`, with everything that was measured."""
+    if form not in ("module", "graph"):
+        raise InputError(f"form is '{form}'; it can be 'module' or 'graph'")
+    progress = progress or Progress()
+    clock = _Clock()
+    batches = list(calibration or ())
+    captured, matched = find_ffns(model, _capture_inputs(model, example_inputs, batches), filter_fn)
+    _refuse_graph_only(matched, form)
+    clock.mark("capture")
+    if isinstance(plan_or_recipe, MoEPlan):
+        the_plan = plan_or_recipe
+        the_plan.validate()
+        matched = _matched_by(the_plan, matched)
+    else:
+        the_plan = _plan(captured, matched.matches, plan_or_recipe, batches, seed, progress)
+    the_plan = the_plan.with_exact(keep_exact)
+    clock.mark("plan")
+    samples = [batches[0]] if batches else [captured.kwargs or captured.args]
+    costs = dense_costs(model, matched.sites)
+    trial = _assemble(model, captured, matched, the_plan.split_only(), form, inplace=False)
+    error, allowed = check_parity(trial, model, samples)
+    progress.say(f"parity: all experts on, max abs error {error:.2e} (allowed {allowed:.0e})")
+    del trial
+    clock.mark("parity")
+    module = _assemble(model, captured, matched, the_plan, form, inplace)
+    clock.mark("apply")
+    blocks = [block for block in module.modules() if type(block).__name__ == "MoEFFN"]
+    return Conversion(module, the_plan, matched, error, allowed, moe_costs(module, blocks, costs), clock.seconds)  # type: ignore[arg-type]
+
+
+def _refuse_graph_only(matched: Matched, form: str) -> None:
+    for site in matched.sites if form == "module" else ():
+        if site.placement is None:
+            raise MatchError(
+                f"{site.name} cannot be replaced in the live module: {site.refusal}; form='graph' can, "
+                "or filter_fn can leave it dense"
+            )
+
+
+def _matched_by(the_plan: MoEPlan, matched: Matched) -> Matched:
+    """The matches that a plan speaks of, in the plan's order.
+
+    Raises:
+        PlanError: the plan names an FFN that the model does not have.
+    """
+    found = {m.site.name: m for m in matched.matches}
+    chosen = []
+    for planned in the_plan.sites:
+        m = found.get(planned.site.name)
+        if m is None or m.site != planned.site:
+            raise PlanError(f"the plan's site {planned.site.name} is not in this model, or differs: plan and model do not belong together")
+        chosen.append(m)
+    return Matched(tuple(chosen), matched.skipped)
+
+
+def _assemble(model: nn.Module, captured: Captured, matched: Matched, the_plan: MoEPlan, form: str, inplace: bool) -> nn.Module:
+    blocks = build_blocks(model, the_plan)
+    if form == "graph":
+        return run_passes(captured.graph_module, [SplitFFN(matched.matches, blocks)]).graph_module
+    target = model if inplace else copy_but_ffns(model, the_plan)
+    return install(target, the_plan, blocks)
+
+
+def copy_but_ffns(model: nn.Module, the_plan: MoEPlan) -> nn.Module:
+    """A deep copy that shares the FFNs' dense weights, since they are about to be replaced."""
+    named = tensors_by_name(model)
+    memo: dict[int, Any] = {}
+    for planned in the_plan.sites:
+        for projection in planned.site.projections:
+            for name in (projection.weight, projection.bias):
+                if name is not None:
+                    memo[id(named[name])] = named[name]
+    return copy.deepcopy(model, memo)
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def mark(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 3)
+        self.seconds["total"] = round(now - self._start, 3)
+        self._last = now

@@ -1,0 +1,283 @@
+"""The plan: how each FFN becomes an MoE, as readable data that can be saved, inspected and applied again.
+
+The structure (which neurons are shared, which expert each other one belongs to, how many are chosen, which router, which
+compensation) is JSON. The numbers that a recipe fitted (router weights, idle means, a refitted down projection) are tensors
+beside it; they are written in *neuron* order, so that they do not depend on how a block stores its experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .block import BlockSpec
+from .errors import PlanError
+from .files import read_json, write_bytes, write_tensors
+from .routers import ROUTERS
+from .sites import FFNSite
+
+FORMAT = 1
+# The fitted tensors of a site, and their shapes by letter (F dense width, D hidden, N experts):
+#   means (F,)      mean of each neuron over the tokens on which it is idle; 0 for shared ones
+#   down (D, F)     the refitted down projection
+#   bias (D,)       a constant to add to the output besides
+#   router.*        parameters of the router, under its own names
+MEANS, DOWN, BIAS, ROUTER = "means", "down", "bias", "router."
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How one FFN is split.
+
+    Attributes:
+        site: the FFN.
+        shared: neurons that are always on.
+        experts: the neurons of each routed expert.
+        top_k: experts chosen per token.
+        router: a kind of :data:`moecompile.routers.ROUTERS`, or ``none``.
+        fitted: names of the fitted tensors that belong to it, which say what compensation there is.
+        keep_exact: keep the dense down projection beside a refitted one.
+        metrics: what was measured while planning (``relative_error``, ``usage``, ...), for reports.
+    """
+
+    site: FFNSite
+    shared: tuple[int, ...]
+    experts: tuple[tuple[int, ...], ...]
+    top_k: int
+    router: str = "none"
+    fitted: tuple[str, ...] = ()
+    keep_exact: bool = False
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Check that every neuron has exactly one place and that the numbers make sense.
+
+        Raises:
+            PlanError: with what is wrong.
+        """
+        width, name = self.site.intermediate_size, self.site.name
+        placed = [*self.shared, *(neuron for expert in self.experts for neuron in expert)]
+        if sorted(placed) != list(range(width)):
+            lost = sorted(set(range(width)) - set(placed))
+            why = f"neuron {lost[0]} has no place" if lost else "a neuron has two places or does not exist"
+            raise PlanError(f"site {name}: the plan does not place each of {width} neurons once: {why}")
+        if any(not expert for expert in self.experts):
+            raise PlanError(f"site {name}: an expert has no neurons")
+        if not 0 <= self.top_k <= len(self.experts):
+            raise PlanError(f"site {name}: top_k is {self.top_k} and there are {len(self.experts)} experts")
+        if self.router != "none" and self.router not in ROUTERS:
+            raise PlanError(f"site {name}: there is no router '{self.router}'; there are: none, {', '.join(ROUTERS)}")
+        if self.router == "none" and 0 < self.top_k < len(self.experts):
+            raise PlanError(f"site {name}: {self.top_k} of {len(self.experts)} experts are to be chosen, but there is no router")
+
+    @property
+    def expert_width(self) -> int:
+        """I: the neurons of the largest expert; smaller ones are padded with zero weights."""
+        return max((len(expert) for expert in self.experts), default=0)
+
+    @property
+    def active_neurons(self) -> float:
+        """Neurons computed per token: the shared ones and K experts of mean size."""
+        routed = sum(len(expert) for expert in self.experts)
+        return len(self.shared) + (routed * self.top_k / len(self.experts) if self.experts else 0.0)
+
+    def block_spec(self) -> BlockSpec:
+        """The shape of this site's block."""
+        site = self.site
+        expert_bias = MEANS in self.fitted
+        return BlockSpec(
+            hidden_size=site.hidden_size,
+            shared_width=len(self.shared),
+            experts=len(self.experts),
+            expert_width=self.expert_width,
+            top_k=self.top_k,
+            gated=site.gated,
+            activation=site.activation,
+            input_bias=site.up.bias is not None or (site.gate is not None and site.gate.bias is not None),
+            bias=site.down.bias is not None or expert_bias or BIAS in self.fitted,
+            expert_bias=expert_bias and bool(self.experts),
+            router=self.router,
+            keep_exact=self.keep_exact,
+            dropout=site.output_dropout,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return {
+            "site": self.site.to_dict(),
+            "shared": list(self.shared),
+            "experts": [list(expert) for expert in self.experts],
+            "top_k": self.top_k,
+            "router": self.router,
+            "fitted": list(self.fitted),
+            "keep_exact": self.keep_exact,
+            "metrics": dict(self.metrics),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
+        """The site's plan from :meth:`to_dict`, validated.
+
+        Raises:
+            PlanError: it is not readable, or contradicts itself.
+        """
+        try:
+            plan = cls(
+                site=FFNSite.from_dict(data["site"]),
+                shared=tuple(int(n) for n in data["shared"]),
+                experts=tuple(tuple(int(n) for n in expert) for expert in data["experts"]),
+                top_k=int(data["top_k"]),
+                router=str(data["router"]),
+                fitted=tuple(str(name) for name in data.get("fitted", ())),
+                keep_exact=bool(data.get("keep_exact", False)),
+                metrics=dict(data.get("metrics", {})),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the plan is not readable ({type(error).__name__}: {error})") from error
+        plan.validate()
+        return plan
+
+
+@dataclass(frozen=True)
+class MoEPlan:
+    """How a model becomes an MoE.
+
+    Attributes:
+        recipe: the recipe's name.
+        config: the recipe's settings, for the record.
+        sites: a plan per FFN, in the order of execution.
+        tensors: fitted numbers, named ``<site name>/<tensor>``.
+    """
+
+    recipe: str
+    config: Mapping[str, Any]
+    sites: tuple[SitePlan, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def site_tensors(self, name: str) -> dict[str, Tensor]:
+        """The fitted tensors of one site, by bare name."""
+        prefix = f"{name}/"
+        return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    @property
+    def active_fraction(self) -> float:
+        """FFN neurons computed per token over all FFN neurons, weighted by their size (D)."""
+        total = sum(s.site.intermediate_size * s.site.hidden_size for s in self.sites)
+        return sum(s.active_neurons * s.site.hidden_size for s in self.sites) / total if total else 1.0
+
+    @property
+    def router(self) -> str:
+        """``layerwise`` when any site chooses experts by a router of its own, else ``none``."""
+        return "layerwise" if any(s.router != "none" for s in self.sites) else "none"
+
+    def with_exact(self, keep: bool) -> MoEPlan:
+        """The plan with the dense down projection kept beside wherever the recipe changed it."""
+        sites = tuple(replace(s, keep_exact=s.keep_exact or (keep and bool(s.fitted))) for s in self.sites)
+        return replace(self, sites=sites)
+
+    def split_only(self) -> MoEPlan:
+        """The same split without any compensation or router numbers: with all experts on it must equal the dense model."""
+        return replace(self, sites=tuple(replace(s, fitted=(), keep_exact=False) for s in self.sites), tensors={})
+
+    def validate(self) -> None:
+        """Check every site, and the fitted tensors' shapes.
+
+        Raises:
+            PlanError: with what is wrong.
+        """
+        if not self.sites:
+            raise PlanError("the plan has no sites")
+        for plan in self.sites:
+            plan.validate()
+            width, hidden = plan.site.intermediate_size, plan.site.hidden_size
+            shapes = {MEANS: (width,), DOWN: (hidden, width), BIAS: (hidden,)}
+            tensors = self.site_tensors(plan.site.name)
+            if set(plan.fitted) != set(tensors):
+                name = min(set(plan.fitted) ^ set(tensors))
+                raise PlanError(f"site {plan.site.name}: the fitted tensor '{name}' is named or given, but not both")
+            for name, tensor in tensors.items():
+                if name in shapes and tuple(tensor.shape) != shapes[name]:
+                    raise PlanError(f"site {plan.site.name}: '{name}' is {tuple(tensor.shape)}, not {shapes[name]}")
+                if not torch.isfinite(tensor).all():
+                    raise PlanError(f"site {plan.site.name}: '{name}' holds NaN or infinity")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The structure as JSON-ready data, without the fitted numbers."""
+        return {
+            "format": FORMAT,
+            "recipe": self.recipe,
+            "config": dict(self.config),
+            "sites": [plan.to_dict() for plan in self.sites],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> MoEPlan:
+        """The plan from :meth:`to_dict`.
+
+        Raises:
+            PlanError: another format or an unreadable record.
+        """
+        if data.get("format") != FORMAT:
+            raise PlanError(f"the plan's format is {data.get('format')!r}; this version reads format {FORMAT}")
+        try:
+            sites = tuple(SitePlan.from_dict(item) for item in data["sites"])
+            return cls(str(data["recipe"]), dict(data["config"]), sites, dict(tensors or {}))
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"the plan is not readable ({type(error).__name__}: {error})") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write ``path`` (JSON) and, when there are fitted tensors, ``path`` with the suffix ``.safetensors`` beside it."""
+        path = Path(path)
+        if self.tensors:
+            write_tensors(path.with_suffix(".safetensors"), dict(self.tensors))
+        write_bytes(path, dump_plan(self.to_dict()).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> MoEPlan:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PlanError: it is not a plan, or its tensors are missing.
+            InputError: the file is not there or is not JSON.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        plan = cls.from_dict(read_json(path))
+        if any(site.fitted for site in plan.sites):
+            beside = path.with_suffix(".safetensors")
+            try:
+                plan = replace(plan, tensors=load_file(beside))
+            except (OSError, SafetensorError) as error:
+                raise PlanError(f"the plan's tensors, {beside}, cannot be read: {error}") from error
+        plan.validate()
+        return plan
+
+
+def dump_plan(data: Mapping[str, Any]) -> str:
+    """JSON with one line per list of neurons, so that a plan can be read and compared line by line."""
+    text = json.dumps(data, indent=1)
+    lines: list[str] = []
+    run: list[str] | None = None
+    for line in text.split("\n"):
+        bare = line.strip()
+        if run is not None:
+            run.append(bare)
+            if bare.startswith("]"):
+                lines.append("".join(item if item.startswith("]") else f"{item} " for item in run).replace(" ]", "]"))
+                run = None
+            elif bare[-1:] in "[{" or bare[:1] in "{":  # a nested list or object: not a list of numbers
+                lines.extend(run)
+                run = None
+        elif bare.endswith("["):
+            run = [line]
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,140 @@
+"""Running a captured model FFN by FFN over calibration batches, without holding more than one cut of it.
+
+A :class:`Stream` executes the graph up to the input of each FFN, for all batches, and waits for the FFN's output before it
+goes on. Two streams over the same graph, one fed with dense outputs and one with the outputs of the converted FFNs, are what
+a sequential recipe needs. Nothing behind the last FFN (the head) is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .capture import Captured, normalise_inputs
+from .errors import InputError
+from .match import Match
+
+
+class Stream:
+    """The captured graph, run in segments between FFNs.
+
+    Args:
+        captured: the captured model.
+        matches: its FFNs in order.
+        batches: model inputs (each as for :func:`moecompile.capture.capture`).
+
+    Raises:
+        InputError: a batch does not fit the graph's inputs.
+    """
+
+    def __init__(self, captured: Captured, matches: Sequence[Match], batches: Sequence[Any]) -> None:
+        self.captured, self.matches = captured, tuple(matches)
+        self._segments, self._last_use = _segments(captured.graph_module.graph, self.matches)
+        self._attributes: dict[fx.Node, Any] = {}
+        self._position = 0
+        self._states = [self._initial(batch) for batch in batches]
+        self._keep: list[Tensor | None] = [self._token_mask(batch) for batch in batches]
+
+    def _initial(self, batch: Any) -> dict[fx.Node, Any]:
+        graph_module = self.captured.graph_module
+        args, kwargs = normalise_inputs(self.captured.module, batch)
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        if len(args) != len(self.captured.args) or set(kwargs) != set(self.captured.kwargs):
+            names = ", ".join([*(f"positional {i}" for i in range(len(self.captured.args))), *self.captured.kwargs])
+            raise InputError(f"a calibration batch does not have the inputs that were captured: {names}")
+        flat = pytree.tree_leaves((args, {name: kwargs[name] for name in self.captured.kwargs}))
+        if len(flat) != len(placeholders):
+            raise InputError(f"a calibration batch has {len(flat)} inputs; the captured model takes {len(placeholders)}")
+        return dict(zip(placeholders, flat, strict=True))
+
+    @staticmethod
+    def _token_mask(batch: Any) -> Tensor | None:
+        """Real tokens of a padded batch (B, S); None where there is no padding."""
+        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        return mask.bool() if isinstance(mask, Tensor) and not bool(mask.all()) else None
+
+    def __iter__(self) -> Iterator[tuple[Match, list[Tensor]]]:
+        """Each FFN with its input for every batch; call :meth:`feed` before taking the next one."""
+        for number, match in enumerate(self.matches):
+            yield match, self.inputs(number)
+
+    @torch.no_grad()
+    def inputs(self, number: int) -> list[Tensor]:
+        """The input (..., D) of FFN ``number`` for every batch."""
+        assert number == self._position, "the FFNs of a stream are visited in order"
+        for state in self._states:
+            for node in self._segments[number]:
+                self._run(node, state)
+        return [state[self.matches[number].x] for state in self._states]
+
+    def tokens(self, number: int, values: Sequence[Tensor]) -> Tensor:
+        """The values of every batch as one (T, D) tensor, padding left out."""
+        rows = []
+        for value, mask in zip(values, self._keep, strict=True):
+            if mask is not None and value.shape[:-1] == mask.shape:
+                rows.append(value[mask.to(value.device)])
+            else:
+                rows.append(value.reshape(-1, value.shape[-1]))
+        return torch.cat(rows)
+
+    def feed(self, ffn: Callable[[Tensor], Tensor]) -> None:
+        """Compute the present FFN's output for every batch by ``ffn`` (T, D) -> (T, D), and move on."""
+        match = self.matches[self._position]
+        for state in self._states:
+            x = state[match.x]
+            with torch.no_grad():
+                state[match.out] = ffn(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+            for node in self._last_use[self._position]:
+                state.pop(node, None)
+        self._position += 1
+
+    def _run(self, node: fx.Node, state: dict[fx.Node, Any]) -> None:
+        def value(argument: fx.Node) -> Any:
+            return self._attribute(argument) if argument.op == "get_attr" else state[argument]
+
+        assert node.op == "call_function" and callable(node.target)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        state[node] = node.target(*args, **kwargs)
+
+    def _attribute(self, node: fx.Node) -> Any:
+        if node not in self._attributes:
+            value: Any = self.captured.graph_module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            self._attributes[node] = value
+        return self._attributes[node]
+
+
+def _segments(graph: fx.Graph, matches: tuple[Match, ...]) -> tuple[list[list[fx.Node]], list[list[fx.Node]]]:
+    """For each FFN: the nodes to run before it, in order; and the nodes whose values nobody needs behind it."""
+    outputs = {match.out for match in matches}
+    done: set[fx.Node] = set()
+    segments: list[list[fx.Node]] = []
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for match in matches:
+        needed: set[fx.Node] = set()
+        pending = [match.x]
+        while pending:
+            node = pending.pop()
+            if node in needed or node in done or node in outputs or node.op != "call_function":
+                continue
+            needed.add(node)
+            pending += node.all_input_nodes
+        segments.append(sorted(needed, key=order.__getitem__))
+        done |= needed
+    last: dict[fx.Node, int] = {}
+    for number, segment in enumerate(segments):
+        last[matches[number].x] = number
+        for node in segment:
+            last.setdefault(node, number)
+            for source in node.all_input_nodes:
+                if source.op != "get_attr":
+                    last[source] = max(last.get(source, 0), number)
+    dead: list[list[fx.Node]] = [[] for _ in matches]
+    for node, number in last.items():
+        dead[number].append(node)
+    return segments, dead

@@ -1,0 +1,81 @@
+"""What a graph pass is: GraphModule in, new GraphModule out, with what it requires and ensures said and checked.
+
+A pass never edits the graph that it is given. The pipeline is an ordered list of passes; after each one the graph is linted.
+To add a pass, write one file with one class and put it into a list where it belongs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch.fx import Graph, GraphModule
+
+from ..errors import MoECompileError
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass made.
+
+    Attributes:
+        graph_module: the new graph, or the given one when nothing was to be done.
+        modified: how many places were rewritten.
+        notes: what was left alone and why, a line each.
+    """
+
+    graph_module: GraphModule
+    modified: int
+    notes: tuple[str, ...] = field(default=())
+
+
+class Pass(Protocol):
+    """A named rewrite of a whole graph.
+
+    Attributes:
+        name: as logs and dumps call it.
+        requires: properties that earlier passes must have ensured.
+        ensures: properties of the graph that it returns.
+    """
+
+    name: str
+    requires: frozenset[str]
+    ensures: frozenset[str]
+
+    def __call__(self, graph_module: GraphModule) -> PassResult: ...
+
+
+class PassError(MoECompileError):
+    """A pass was run out of order, or made a graph that is not well formed."""
+
+
+def clone(graph_module: GraphModule) -> GraphModule:
+    """The same graph and tensors in a new GraphModule whose graph and module tree may be edited; node names are kept."""
+    graph: Graph = copy.deepcopy(graph_module.graph)
+    return GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+
+
+def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> PassResult:
+    """Run passes in order and lint the graph after each.
+
+    Raises:
+        PassError: a pass needs a property that no earlier one ensured, or its graph is malformed.
+    """
+    known: set[str] = set()
+    modified, notes = 0, []
+    for step in passes:
+        missing = step.requires - known
+        if missing:
+            raise PassError(f"pass {step.name} needs a graph with: {', '.join(sorted(missing))}")
+        result = step(graph_module)
+        graph_module = result.graph_module
+        try:
+            graph_module.graph.lint()
+        except RuntimeError as error:
+            raise PassError(f"pass {step.name} made a malformed graph: {error}") from error
+        known |= step.ensures
+        modified += result.modified
+        notes += [f"{step.name}: {note}" for note in result.notes]
+    return PassResult(graph_module, modified, tuple(notes))
