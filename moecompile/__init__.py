@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .apply import moe_blocks, set_top_k
+from .checkpoint import load, register, save
 from .convert import convert, plan
 from .errors import (
     CaptureError,
@@ -17,6 +19,8 @@ from .parity import verify
 from .plan import MoEPlan
 from .version import __version__
 
+register()
+
 __all__ = [
     "CaptureError",
     "CheckpointError",
@@ -29,6 +33,10 @@ __all__ = [
     "__version__",
     "convert",
     "explain",
+    "load",
+    "moe_blocks",
     "plan",
+    "save",
+    "set_top_k",
     "verify",
 ]

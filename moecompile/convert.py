@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .apply import build_blocks, install
-from .capture import Captured, capture, example_inputs, normalise_inputs
+from .apply import build_blocks, install, moe_blocks
+from .capture import Captured, capture, normalise_inputs
+from .capture import example_inputs as guess_inputs
+from .checkpoint import adopt
 from .costs import dense_costs, moe_costs
 from .errors import CaptureError, InputError, MatchError, PlanError
 from .match import Match, Matched, match
@@ -119,7 +121,7 @@ def _capture_inputs(model: nn.Module, inputs: Any, batches: list[Any]) -> Any:
     if inputs is not None or not batches:
         return inputs
     try:
-        guess = example_inputs(model)
+        guess = guess_inputs(model)
     except CaptureError:
         return batches[0]
     _, kwargs = normalise_inputs(model, batches[0])
@@ -207,10 +209,10 @@ def convert_with_record(
     progress.say(f"parity: all experts on, max abs error {error:.2e} (allowed {allowed:.0e})")
     del trial
     clock.mark("parity")
-    module = _assemble(model, captured, matched, the_plan, form, inplace)
+    module = adopt(_assemble(model, captured, matched, the_plan, form, inplace), the_plan)
     clock.mark("apply")
-    blocks = [block for block in module.modules() if type(block).__name__ == "MoEFFN"]
-    return Conversion(module, the_plan, matched, error, allowed, moe_costs(module, blocks, costs), clock.seconds)  # type: ignore[arg-type]
+    blocks = list(moe_blocks(module).values())
+    return Conversion(module, the_plan, matched, error, allowed, moe_costs(module, blocks, costs), clock.seconds)
 
 
 def _refuse_graph_only(matched: Matched, form: str) -> None:

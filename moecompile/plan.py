@@ -181,6 +181,10 @@ class MoEPlan:
         sites = tuple(replace(s, keep_exact=s.keep_exact or (keep and bool(s.fitted))) for s in self.sites)
         return replace(self, sites=sites)
 
+    def without_tensors(self) -> MoEPlan:
+        """The structure alone, as it is kept with a model whose weights already hold the fitted numbers."""
+        return replace(self, tensors={})
+
     def split_only(self) -> MoEPlan:
         """The same split without any compensation or router numbers: with all experts on it must equal the dense model."""
         return replace(self, sites=tuple(replace(s, fitted=(), keep_exact=False) for s in self.sites), tensors={})
@@ -236,7 +240,7 @@ class MoEPlan:
         path = Path(path)
         if self.tensors:
             write_tensors(path.with_suffix(".safetensors"), dict(self.tensors))
-        write_bytes(path, dump_plan(self.to_dict()).encode())
+        write_bytes(path, (dump_plan(self.to_dict()) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> MoEPlan:
@@ -261,23 +265,12 @@ class MoEPlan:
         return plan
 
 
-def dump_plan(data: Mapping[str, Any]) -> str:
-    """JSON with one line per list of neurons, so that a plan can be read and compared line by line."""
-    text = json.dumps(data, indent=1)
-    lines: list[str] = []
-    run: list[str] | None = None
-    for line in text.split("\n"):
-        bare = line.strip()
-        if run is not None:
-            run.append(bare)
-            if bare.startswith("]"):
-                lines.append("".join(item if item.startswith("]") else f"{item} " for item in run).replace(" ]", "]"))
-                run = None
-            elif bare[-1:] in "[{" or bare[:1] in "{":  # a nested list or object: not a list of numbers
-                lines.extend(run)
-                run = None
-        elif bare.endswith("["):
-            run = [line]
-        else:
-            lines.append(line)
-    return "\n".join(lines) + "\n"
+def dump_plan(data: Any, indent: str = "") -> str:
+    """JSON with each list of plain values on one line, so that a plan can be read and compared line by line."""
+    inner = indent + " "
+    if isinstance(data, Mapping) and data:
+        items = [f"{inner}{json.dumps(str(key))}: {dump_plan(value, inner)}" for key, value in data.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(data, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in data):
+        return "[\n" + ",\n".join(inner + dump_plan(item, inner) for item in data) + f"\n{indent}]"
+    return json.dumps(data)
