@@ -15,8 +15,8 @@ from .errors import (
     PlanError,
 )
 from .explain import explain
-from .parity import verify
 from .plan import MoEPlan
+from .verify import verify
 from .version import __version__
 
 register()

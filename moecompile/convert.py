@@ -11,20 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .apply import build_blocks, install, moe_blocks
+from .apply import build_block, build_blocks, install, moe_blocks
+from .block import MoEFFN
 from .capture import Captured, capture, normalise_inputs
 from .capture import example_inputs as guess_inputs
 from .checkpoint import adopt
 from .costs import dense_costs, moe_costs
+from .diagnose import layer_rows
 from .errors import CaptureError, InputError, MatchError, PlanError
 from .match import Match, Matched, match
 from .parity import check_parity, evaluating
 from .passes import SplitFFN, run_passes
+from .passes.split_ffn import block_path
 from .plan import MoEPlan
 from .progress import Progress
 from .recipes import Recipe, make_plan
 from .recipes.base import Context
-from .sites import tensors_by_name
+from .sites import DenseFFN, tensors_by_name
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -39,6 +42,8 @@ class Conversion:
         matched: what was found in the dense model.
         parity_max_abs_error: largest difference of outputs, all experts on, before any compensation.
         parity_tolerance: how large it was allowed to be.
+        layers: per FFN, on tokens that the recipe did not see (where some were held out): ``site``, relative errors ``all``,
+            ``top_k`` and ``uncompensated``, and ``usage`` of the experts.
         costs: parameters, FLOPs and bytes beside the dense model's.
         seconds: per stage.
     """
@@ -48,6 +53,7 @@ class Conversion:
     matched: Matched
     parity_max_abs_error: float
     parity_tolerance: float
+    layers: list[dict[str, Any]]
     costs: dict[str, Any]
     seconds: dict[str, float]
 
@@ -184,8 +190,9 @@ def convert_with_record(
     filter_fn: Filter | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    held_out: Iterable[Any] | None = None,
 ) -> Conversion:
-    """As :func:`convert`, with everything that was measured."""
+    """As :func:`convert`, with everything that was measured; ``held_out`` batches are measured on and not calibrated on."""
     if form not in ("module", "graph"):
         raise InputError(f"form is '{form}'; it can be 'module' or 'graph'")
     progress = progress or Progress()
@@ -202,7 +209,7 @@ def convert_with_record(
         the_plan = _plan(captured, matched.matches, plan_or_recipe, batches, seed, progress)
     the_plan = the_plan.with_exact(keep_exact)
     clock.mark("plan")
-    samples = [batches[0]] if batches else [captured.kwargs or captured.args]
+    samples = list(held_out or batches[:1]) or [captured.kwargs or captured.args]
     costs = dense_costs(model, matched.sites)
     trial = _assemble(model, captured, matched, the_plan.split_only(), form, inplace=False)
     error, allowed = check_parity(trial, model, samples)
@@ -211,8 +218,29 @@ def convert_with_record(
     clock.mark("parity")
     module = adopt(_assemble(model, captured, matched, the_plan, form, inplace), the_plan)
     clock.mark("apply")
+    layers = _measure(captured, matched, module, the_plan, model if not inplace else None, samples)
+    clock.mark("measure")
     blocks = list(moe_blocks(module).values())
-    return Conversion(module, the_plan, matched, error, allowed, moe_costs(module, blocks, costs), clock.seconds)
+    return Conversion(module, the_plan, matched, error, allowed, layers, moe_costs(module, blocks, costs), clock.seconds)
+
+
+def _measure(
+    captured: Captured, matched: Matched, module: nn.Module, the_plan: MoEPlan, dense: nn.Module | None, samples: list[Any]
+) -> list[dict[str, Any]]:
+    """The layers' errors; none once the dense weights are gone (``inplace``)."""
+    if dense is None:
+        return []
+    blocks = moe_blocks(module)
+    bare = the_plan.router_only()
+
+    def bare_block(number: int, found: Match) -> MoEFFN:
+        planned = bare.sites[number]
+        return build_block(planned, bare.site_tensors(planned.site.name), DenseFFN.read(planned.site, dense))
+
+    with evaluating(dense):
+        return layer_rows(
+            captured, matched.matches, lambda number, found: blocks.get(block_path(found, number)), samples, bare_block
+        )
 
 
 def _refuse_graph_only(matched: Matched, form: str) -> None:

@@ -98,10 +98,15 @@ def expert_ffn(
     for expert, count in enumerate(counts):
         if count:
             here = token_of[start : start + count]
-            pre = torch.nn.functional.linear(x[here], up[expert], None if up_bias is None else up_bias[expert])
+            rows = x if count == tokens else x[here]  # a token chooses an expert once, so all of them are x in order
+            pre = torch.nn.functional.linear(rows, up[expert], None if up_bias is None else up_bias[expert])
             h = _hidden(pre, activation, gated)
             y = torch.nn.functional.linear(h, down[expert], None if down_bias is None else down_bias[expert])
-            out.index_add_(0, here, (y * weight_of[start : start + count]).to(out.dtype))
+            y = (y * weight_of[start : start + count]).to(out.dtype)
+            if count == tokens:
+                out.add_(y)
+            else:
+                out.index_add_(0, here, y)
             start += count
     return out.to(x.dtype)
 

@@ -1,10 +1,9 @@
-"""Exactness: is the split model the dense one, and how far off is each layer at the real top_k."""
+"""Exactness: is the split model, all experts on, the dense one."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,41 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .apply import moe_blocks, set_top_k
-from .capture import capture, normalise_inputs
+from .capture import normalise_inputs
 from .errors import InputError, ParityError
-from .match import match
-from .sites import DenseFFN
-from .stream import Stream
 
 # Largest absolute difference of logits that float32 may show. Coarser types get the same multiple of their own epsilon,
 # relative to the largest logit: the sums are the same, in another order.
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What :func:`verify` measured.
-
-    Attributes:
-        parity_max_abs_error: largest difference of outputs with all experts on.
-        tolerance: how large it may be.
-        layers: relative error ``|y - y_dense| / |y_dense|`` of each block on the dense model's own inputs, all experts on
-            (``all``) and at its top_k (``top_k``).
-    """
-
-    parity_max_abs_error: float
-    tolerance: float
-    layers: tuple[dict[str, Any], ...]
-
-    @property
-    def exact(self) -> bool:
-        """Whether all experts on is the dense model."""
-        return self.parity_max_abs_error <= self.tolerance
-
-    def __str__(self) -> str:
-        lines = [f"all experts on: max abs error {self.parity_max_abs_error:.2e} ({'exact' if self.exact else 'NOT the dense model'})"]
-        lines += [f"  {row['site']}: all on {row['all']:.2e}, at top_k {row['top_k']:.3f}" for row in self.layers]
-        return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -132,49 +102,3 @@ def check_parity(split: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> 
             f"all experts on, the split model differs from the dense one by {error:.3e}; {allowed:.1e} is allowed: not converted"
         )
     return error, allowed
-
-
-def verify(moe: nn.Module, dense: nn.Module, inputs: Any = None) -> VerifyReport:
-    """Compare a converted model with the dense one it came from.
-
-    Args:
-        moe: the converted model, live or as a graph.
-        dense: the dense model.
-        inputs: one batch, as :func:`moecompile.capture.capture` takes it; guessed for transformers models.
-
-    Raises:
-        InputError: the two do not belong together.
-    """
-    args, kwargs = normalise_inputs(dense, inputs)
-    batch: Any = kwargs or args
-    with all_experts_on(moe):
-        error, allowed = max_abs_error(moe, dense, [batch])
-    blocks = moe_blocks(moe)
-    rows: list[dict[str, Any]] = []
-    with evaluating(moe, dense):
-        captured = capture(dense, batch)
-        matched = match(captured)
-        stream = Stream(captured, matched.matches, [batch])
-        numbered = dict(enumerate(blocks.values()))
-        for number, (m, xs) in enumerate(stream):
-            path = m.site.placement.block if m.site.placement else f"moe_blocks.{number}"
-            block = blocks.get(path, numbered.get(number) if len(blocks) == len(matched.matches) else None)
-            ffn = DenseFFN.read(m.site, dense)
-            if block is not None:
-                x = stream.tokens(number, xs)
-                with torch.no_grad():
-                    target, own = ffn.output(ffn.hidden(x)), block(x)
-                    with all_experts_on(block):
-                        everything = block(x)
-                scale = float(target.norm()) or 1.0
-                rows.append(
-                    {
-                        "site": m.site.name,
-                        "all": float((everything - target).norm()) / scale,
-                        "top_k": float((own - target).norm()) / scale,
-                    }
-                )
-            stream.feed(lambda value, ffn=ffn: ffn.output(ffn.hidden(value)))  # type: ignore[misc]
-    if not rows:
-        raise InputError("none of the dense model's FFNs is an MoE block in the other model")
-    return VerifyReport(error, allowed, tuple(rows))

@@ -181,6 +181,14 @@ class MoEPlan:
         sites = tuple(replace(s, keep_exact=s.keep_exact or (keep and bool(s.fitted))) for s in self.sites)
         return replace(self, sites=sites)
 
+    def router_only(self) -> MoEPlan:
+        """The same split and routing without compensation."""
+        sites = tuple(
+            replace(s, fitted=tuple(name for name in s.fitted if name.startswith(ROUTER)), keep_exact=False) for s in self.sites
+        )
+        tensors = {key: value for key, value in self.tensors.items() if key.rpartition("/")[2].startswith(ROUTER)}
+        return replace(self, sites=sites, tensors=tensors)
+
     def without_tensors(self) -> MoEPlan:
         """The structure alone, as it is kept with a model whose weights already hold the fitted numbers."""
         return replace(self, tensors={})

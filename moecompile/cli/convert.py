@@ -1,0 +1,240 @@
+"""``moecompile convert MODEL OUT``: convert, check, save."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..convert import Conversion, convert_with_record
+from ..errors import InputError
+from ..files import check_new_folder
+from ..hub import load_dense, local_path
+from ..recipes import RECIPES, Recipe
+from ..text import calibration_windows
+from ..version import __version__
+from . import command
+from .common import add_texts, checkpoint, device_of, model_name, peak_rss_bytes, progress_of, tokenizer_of, versions
+
+_HELD_OUT = 2  # windows kept from calibration, on which the layers' errors and the experts' usage are measured
+_BATCH = 4
+
+
+def add(commands: Any) -> None:
+    """The subcommand's options."""
+    sub = command(
+        commands,
+        "convert",
+        "Convert a dense model into an MoE, check that it is exact with all experts on, and save it.",
+        "moecompile convert ./model ./moe --recipe calibrated --experts 48 --shared 16 --top-k 16 --calibration a.txt b.txt",
+    )
+    sub.add_argument("model", metavar="MODEL", help="a Hugging Face folder or id, or a .gguf file")
+    sub.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it is there whole or not at all")
+    sub.add_argument("--recipe", choices=sorted(RECIPES), default="calibrated", help="how to split (default: calibrated)")
+    sub.add_argument("--experts", type=int, metavar="N", help="routed experts, equal slices of the dense width")
+    sub.add_argument("--shared", type=int, metavar="S", help="slices that are always on")
+    sub.add_argument("--top-k", type=int, metavar="K", help="experts chosen per token; active fraction = (S + K) / (N + S)")
+    sub.add_argument("--active-fraction", type=float, metavar="A", help="recipes static and flap: share of neurons that stay")
+    sub.add_argument("--compensation", choices=("none", "means", "refit"), help="recipe static: for the idle neurons (default: none)")
+    add_texts(sub, "--calibration", "UTF-8 text or .jsonl with a 'text' field, for recipes that look at data")
+    sub.add_argument("--calibration-tokens", type=int, default=16384, metavar="T", help="tokens in all, shared equally among the files (default: 16384)")
+    sub.add_argument("--calibration-window", type=int, default=512, metavar="L", help="tokens per window (default: 512)")
+    sub.add_argument("--keep-exact", action="store_true", help="keep the dense down projection beside a refitted one")
+    sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the saved weights (default: the source's)")
+    sub.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    sub.set_defaults(run=run)
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe with the settings given; the others keep their defaults.
+
+    Raises:
+        InputError: a setting is given that the recipe does not have.
+        PlanError: the numbers make no sense.
+    """
+    kind = RECIPES[options.recipe]
+    names = {field.name for field in fields(kind)}
+    given = {
+        name: getattr(options, name)
+        for name in ("experts", "shared", "top_k", "active_fraction", "compensation")
+        if getattr(options, name) is not None
+    }
+    for name in given:
+        if name not in names:
+            raise InputError(f"--{name.replace('_', '-')} has no meaning for the recipe '{options.recipe}'")
+    recipe = kind(**given)
+    recipe.check()
+    return recipe
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Check what can be checked first; then load, convert, save."""
+    start = time.perf_counter()
+    progress = progress_of(options)
+    recipe = recipe_of(options)
+    if recipe.needs_calibration and not options.calibration:
+        raise InputError(f"the recipe '{options.recipe}' looks at data; give text with --calibration")
+    path = local_path(options.model)
+    if path is not None and checkpoint.is_converted(path):
+        raise InputError(f"{options.model} is converted already")
+    if path is not None and path.resolve() in (options.out.resolve(), *options.out.resolve().parents):
+        raise InputError(f"{options.out} lies in the model's own folder; give another")
+    check_new_folder(options.out, options.overwrite)
+    torch.manual_seed(options.seed)
+    tokenizer = _tokenizer(options)
+    windows = _windows(options, tokenizer) if options.calibration else None
+    progress.say(f"loading {options.model}")
+    model = load_dense(options.model, trust_remote_code=options.trust_remote_code)
+    stored = _stored_dtype(model)
+    model = model.to(device_of(options))
+    batches = held = None
+    if windows is not None:
+        check_positions(model, windows.shape[1], "--calibration-window")
+        rows = windows.to(next(model.parameters()).device)
+        kept = min(_HELD_OUT, len(rows) - 1)
+        batches = [inputs_of(model, part) for part in rows[: len(rows) - kept].split(_BATCH)]
+        held = [inputs_of(model, rows[len(rows) - kept :])] if kept else None
+    loaded = time.perf_counter()
+    conversion = convert_with_record(
+        model, recipe, batches, held_out=held, keep_exact=options.keep_exact, seed=options.seed, progress=progress
+    )
+    dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
+    module = conversion.module.to(device="cpu", dtype=dtype)
+    record = _record(options, recipe, conversion, windows)
+    record["seconds"] = {"load": round(loaded - start, 3), **conversion.seconds, "total": round(time.perf_counter() - start, 3)}
+    record["peak_rss_bytes"] = peak_rss_bytes()
+    progress.say(f"writing {options.out}")
+    checkpoint.save(module, options.out, tokenizer=tokenizer, record=record, overwrite=options.overwrite)
+    result = {**record, "seconds": record["seconds"]["total"], "stages": record["seconds"], "out": str(options.out)}
+    return {"json": result, "text": _summary(record, options.out)}
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    """The model's tokenizer; one that is missing is an error only where text is to be read."""
+    try:
+        return tokenizer_of(options)
+    except InputError:
+        if options.calibration:
+            raise
+        return None
+
+
+def _windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
+    """Calibration windows, and the few held out, drawn together so that they are different ones."""
+    tokens = options.calibration_tokens
+    if tokens >= options.calibration_window:
+        tokens += _HELD_OUT * options.calibration_window
+    return calibration_windows(tokenizer, options.calibration, tokens, options.calibration_window, options.seed)
+
+
+def check_positions(model: nn.Module, length: int, option: str) -> None:
+    """Refuse windows longer than the model's positions.
+
+    Raises:
+        InputError: they are.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise InputError(f"{option} is {length}; the model has {longest} positions")
+
+
+def inputs_of(model: nn.Module, rows: Tensor) -> dict[str, Any]:
+    """Model inputs from windows (B, L): an encoder-decoder reads the first half and writes the second.
+
+    Raises:
+        InputError: the model does not read text.
+    """
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise InputError(f"{type(model).__name__} does not read text; calibrate it through the Python interface")
+    if getattr(model.config, "is_encoder_decoder", False):
+        half = rows.shape[1] // 2
+        return {"input_ids": rows[:, :half], "decoder_input_ids": rows[:, half:]}
+    return {"input_ids": rows}
+
+
+def _stored_dtype(model: nn.Module) -> torch.dtype:
+    named = getattr(model.config, "dtype", None)
+    if isinstance(named, str):
+        named = getattr(torch, named, None)
+    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
+
+
+def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion, windows: Tensor | None) -> dict[str, Any]:
+    plan = conversion.plan
+    settings = recipe.settings()
+    first = plan.sites[0]
+    calibration = None
+    if windows is not None and recipe.needs_calibration:
+        held = min(_HELD_OUT, len(windows) - 1)
+        calibration = {
+            "files": [path.name for path in options.calibration],
+            "tokens": (len(windows) - held) * windows.shape[1],
+            "held_out_tokens": held * windows.shape[1],
+            "window": windows.shape[1],
+            "seed": options.seed,
+        }
+    return {
+        "format": 1,
+        "moecompile_version": __version__,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "source": model_name(options.model),
+        "recipe": plan.recipe,
+        "recipe_config": settings,
+        "experts": len(first.experts),
+        "shared": settings.get("shared", 1),
+        "top_k": first.top_k,
+        "router": plan.router,
+        "active_fraction": round(plan.active_fraction, 6),
+        "keep_exact": options.keep_exact,
+        "parity_max_abs_error": conversion.parity_max_abs_error,
+        "parity_tolerance": conversion.parity_tolerance,
+        "calibration": calibration,
+        "reconstruction": [
+            {
+                "site": row["site"],
+                "relative_error": row["top_k"],
+                "relative_error_uncompensated": row.get("uncompensated"),
+                "relative_error_all_experts": row["all"],
+            }
+            for row in conversion.layers
+        ],
+        "usage": [{"site": row["site"], "fraction": row["usage"]} for row in conversion.layers if row["usage"]],
+        "sites": [
+            {
+                **{key: value for key, value in s.site.to_dict().items() if key in _SITE_KEYS},
+                "shared_neurons": len(s.shared),
+                "experts": len(s.experts),
+                "expert_width": s.expert_width,
+                "top_k": s.top_k,
+                "router": s.router,
+                "compensation": [name for name in s.fitted if not name.startswith("router.")],
+            }
+            for s in plan.sites
+        ],
+        "skipped": [skipped.to_dict() for skipped in conversion.matched.skipped],
+        "costs": conversion.costs,
+        "evaluations": [],
+    }
+
+
+_SITE_KEYS = ("name", "kind", "activation", "hidden_size", "intermediate_size", "bias", "layout")
+
+
+def _summary(record: dict[str, Any], out: Path) -> str:
+    errors = [row["relative_error"] for row in record["reconstruction"]]
+    mean = sum(errors) / len(errors) if errors else 0.0
+    return (
+        f"{out}: {record['recipe']}, {len(record['sites'])} FFNs, {record['active_fraction']:.0%} of their neurons active\n"
+        f"all experts on, before compensation: max abs error {record['parity_max_abs_error']:.2e} (allowed {record['parity_tolerance']:.0e})\n"
+        f"relative error per layer at top_k: mean {mean:.3f}\n"
+        f"{record['seconds']['total']:.0f} s, peak memory {record['peak_rss_bytes'] / 2**30:.2f} GiB"
+    )
