@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .apply import moe_blocks, set_top_k
 from .checkpoint import load, register, save
-from .convert import convert, plan
+from .conversion import convert, plan
 from .errors import (
     CaptureError,
     CheckpointError,
@@ -14,9 +14,9 @@ from .errors import (
     ParityError,
     PlanError,
 )
-from .explain import explain
-from .plan import MoEPlan
-from .verify import verify
+from .explanation import explain
+from .plans import MoEPlan
+from .verification import verify
 from .version import __version__
 
 register()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .block import MoEFFN
 from .errors import MatchError, PlanError
-from .plan import BIAS, DOWN, MEANS, ROUTER, MoEPlan, SitePlan
+from .plans import BIAS, DOWN, MEANS, ROUTER, MoEPlan, SitePlan
 from .sites import DenseFFN
 
 

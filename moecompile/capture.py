@@ -7,8 +7,9 @@ matcher looks at it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +47,7 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         Keyword arguments: ``input_ids`` (2, 11) int64 for text, ``decoder_input_ids`` (2, 7) besides for an
-        encoder-decoder, ``pixel_values`` (2, channels, size, size) for a vision model; the cache is switched off.
+        encoder-decoder, ``pixel_values`` (2, channels, size, size) for a vision model.
 
     Raises:
         CaptureError: the module is no transformers model, or takes inputs that cannot be guessed.
@@ -60,7 +61,6 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     device = parameter.device if parameter is not None else torch.device("cpu")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     main = getattr(model, "main_input_name", "input_ids")
-    accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
     if main == "pixel_values":
         size = getattr(config, "image_size", None) or 224
@@ -79,8 +79,6 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
             inputs["decoder_input_ids"] = torch.randint(0, vocabulary, shape, generator=generator).to(device)
     else:
         raise CaptureError(f"{type(model).__name__} takes '{main}', which cannot be guessed: pass example_inputs")
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
     return inputs
 
 
@@ -89,15 +87,26 @@ def normalise_inputs(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], di
     if inputs is None:
         return (), example_inputs(model)
     if isinstance(inputs, Mapping):
-        kwargs = dict(inputs)
-        if "use_cache" in inspect.signature(model.forward).parameters and hasattr(model, "config"):
-            kwargs.setdefault("use_cache", False)
-        return (), kwargs
+        return (), dict(inputs)
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, Sequence):
         return tuple(inputs), {}
     raise CaptureError(f"example inputs must be a tensor, a tuple or a dict, not {type(inputs).__name__}")
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """A transformers model that returns no KV cache, without an argument for it; its configs are as before afterwards."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None and hasattr(c, "use_cache")}
+    before = [(config, config.use_cache) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config.use_cache = False
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
 
 
 def _dynamic_shape(value: Any, dynamic: bool) -> Any:
@@ -152,7 +161,7 @@ def capture(model: nn.Module, inputs: Any = None, *, dynamic: bool = True) -> Ca
             shapes = {name: _dynamic_shape(value, True) for name, value in zip(names, args, strict=False)}
             shapes.update({name: _dynamic_shape(value, True) for name, value in kwargs.items()})
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_cache(model):
             program = torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
             graph_module = program.module(check_guards=False)
     except Exception as error:  # torch.export raises dozens of types; each is a reason, none may escape as a traceback

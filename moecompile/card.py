@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .plan import MoEPlan
+from .plans import MoEPlan
 
 _HEAD = """---
 library_name: transformers

@@ -28,7 +28,7 @@ from .card import model_card
 from .errors import CheckpointError, InputError, MoECompileError
 from .files import explain_os_error, new_folder, read_json, write_bytes, write_tensors
 from .hub import INDEX, WEIGHTS, check_folder, first_line, local_path, quiet_transformers, weight_files
-from .plan import MoEPlan, dump_plan
+from .plans import MoEPlan, dump_plan
 from .version import __version__
 
 PLAN, RECORD = "moe_plan.json", "moecompile.json"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .apply import moe_blocks, set_top_k
-from .capture import normalise_inputs
+from .capture import normalise_inputs, without_cache
 from .errors import InputError, ParityError
 
 # Largest absolute difference of logits that float32 may show. Coarser types get the same multiple of their own epsilon,
@@ -60,7 +60,8 @@ def main_output(outputs: Any) -> list[Tensor]:
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
     """A model's outputs on inputs as :func:`moecompile.capture.capture` takes them."""
     args, kwargs = normalise_inputs(model, inputs)
-    return main_output(model(*args, **kwargs))
+    with without_cache(model):
+        return main_output(model(*args, **kwargs))
 
 
 def tolerance_for(reference: Sequence[Tensor]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..explain import explain
+from ..explanation import explain
 from ..errors import InputError
 from ..hub import load_dense, local_path
 from . import command

@@ -119,8 +119,8 @@ def _join(node: fx.Node, states: dict[fx.Node, _State | None]) -> _State | None:
     pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
     if target in ATEN or pointwise:
         primitive = ATEN.get(target, ("", 0))[0]
-        if primitive in _ADDITIVE and len({state.linears for state in found}) > 1:
-            return None  # a residual: two different branches are summed
+        if primitive in _ADDITIVE and len({state.linears for state in found}) > 1 and not _read_one_input(linears):
+            return None  # a residual: branches that read different inputs are summed
         arithmetic = primitive in _ARITHMETIC and len(found) < 2
         return _State(linears, nonlinear or not arithmetic)
     if target in N.NORMS or target is torch.ops.aten.glu.default:
@@ -133,7 +133,13 @@ def _join(node: fx.Node, states: dict[fx.Node, _State | None]) -> _State | None:
         return _State(linears, nonlinear)
     if target in (torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.t.default):
         return _State(linears, nonlinear)
+    if len(found) == 1 and N.same_shape(node, sources[0]):
+        return _State(linears, True)  # an operator that the walk will refuse, with its name
     return None
+
+
+def _read_one_input(linears: frozenset[fx.Node]) -> bool:
+    return len({N.strip(linear.x) for node in linears if (linear := N.as_linear(node)) is not None}) == 1
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -61,6 +61,12 @@ def last_size(node: fx.Node) -> int | None:
     return int(value.shape[-1])
 
 
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes make tensors of one shape."""
+    left, right = value_of(a), value_of(b)
+    return left is not None and right is not None and left.shape == right.shape
+
+
 def module_paths(node: fx.Node) -> list[str]:
     """The modules in whose forward a node was made, outermost first (the root, "", left out)."""
     stack = node.meta.get("nn_module_stack") or {}

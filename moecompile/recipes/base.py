@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ..capture import Captured
 from ..errors import InputError, PlanError
 from ..match import Match
-from ..plan import MoEPlan
+from ..plans import MoEPlan
 from ..progress import Progress
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..plan import ROUTER, MoEPlan, SitePlan
+from ..plans import ROUTER, MoEPlan, SitePlan
 from ..sites import DenseFFN
 from .base import Context, Recipe, check_counts, planner, slice_sizes
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..plan import DOWN, MEANS, MoEPlan, SitePlan
+from ..plans import DOWN, MEANS, MoEPlan, SitePlan
 from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, Recipe, check_fraction, planner

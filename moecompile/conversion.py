@@ -23,7 +23,7 @@ from .match import Match, Matched, match
 from .parity import check_parity, evaluating
 from .passes import SplitFFN, run_passes
 from .passes.split_ffn import block_path
-from .plan import MoEPlan
+from .plans import MoEPlan
 from .progress import Progress
 from .recipes import Recipe, make_plan
 from .recipes.base import Context
@@ -271,6 +271,8 @@ def _matched_by(the_plan: MoEPlan, matched: Matched) -> Matched:
 def _assemble(model: nn.Module, captured: Captured, matched: Matched, the_plan: MoEPlan, form: str, inplace: bool) -> nn.Module:
     blocks = build_blocks(model, the_plan)
     if form == "graph":
+        for block in blocks:
+            block.train(model.training)
         return run_passes(captured.graph_module, [SplitFFN(matched.matches, blocks)]).graph_module
     target = model if inplace else copy_but_ffns(model, the_plan)
     return install(target, the_plan, blocks)
