@@ -36,7 +36,7 @@ setup(
         "moecompile.passes": "passes",
         "moecompile.codegen": "codegen",
     },
-    package_data={"moecompile": ["py.typed"], "moecompile.report": ["*.jinja"]},
+    package_data={"moecompile": ["py.typed"], "moecompile.report": ["*.jinja", "*.css"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "transformers>=5.17,<5.24",

@@ -118,7 +118,6 @@ def install(model: nn.Module, plan: MoEPlan, blocks: Iterable[MoEFFN]) -> nn.Mod
     for site, block in zip(plan.sites, blocks, strict=True):
         placement = site.site.placement
         assert placement is not None
-        block.train(model.get_submodule(placement.block).training)
         _set_module(model, placement.block, block)
         for path in placement.bypass:
             _set_module(model, path, nn.Identity())
@@ -134,9 +133,11 @@ def build_blocks(model: nn.Module, plan: MoEPlan) -> list[MoEFFN]:
 
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent) if parent else model
-    if not hasattr(owner, name):
-        raise PlanError(f"the model has no module '{path}': plan and model differ")
+    try:
+        owner = model.get_submodule(parent)
+        module.train(owner.get_submodule(name).training)
+    except AttributeError:
+        raise PlanError(f"the model has no module '{path}': plan and model differ") from None
     setattr(owner, name, module)
 
 

@@ -175,7 +175,12 @@ def write_files(
         with quiet_transformers():
             generation.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # tokenizers raises plain Exception, also where the disk is full
+            raise CheckpointError(f"the tokenizer cannot be written: {first_line(error)}") from error
 
 
 def _config_of(model: nn.Module, plan: MoEPlan) -> dict[str, Any]:

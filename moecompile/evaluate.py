@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .apply import moe_blocks
 from .errors import InputError
+from .hub import check_positions
 from .parity import evaluating
 from .progress import Progress
 
@@ -103,7 +104,7 @@ def lambada(
         ``accuracy, examples, perplexity`` (of the last word, per word), ``seconds``.
 
     Raises:
-        InputError: a passage has a single word.
+        InputError: a passage has a single word, or more tokens than the model has positions.
     """
     examples = []
     for number, passage in enumerate(passages, 1):
@@ -112,6 +113,7 @@ def lambada(
             raise InputError(f"passage {number} has no last word to predict")
         before = tokenizer(context, add_special_tokens=False)["input_ids"]
         target = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        check_positions(model, len(before + target), f"passage {number}")
         examples.append((before + target, len(target)))
     order = sorted(range(len(examples)), key=lambda index: len(examples[index][0]))
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]

@@ -109,10 +109,10 @@ def new_folder(path: Path, overwrite: bool, needed_bytes: int = 0) -> Iterator[P
             os.replace(path, old)
         os.replace(aside, path)
     except OSError as error:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
         raise explain_os_error(error, path) from error
     finally:
+        if old.exists() and not path.exists():  # also when interrupted between the two renames
+            os.replace(old, path)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
+from .hub import check_positions
 
 
 @torch.no_grad()
@@ -55,6 +56,7 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise InputError("the prompt is empty")
+    check_positions(model, inputs["input_ids"].shape[1] + max_new_tokens, "the prompt with --max-new-tokens")
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p}

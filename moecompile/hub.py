@@ -4,6 +4,7 @@ left at random."""
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 from collections.abc import Iterator
@@ -137,22 +138,33 @@ def _load_folder(name: str, data: dict[str, Any] | None, dtype: torch.dtype | st
         architecture = (getattr(config, "architectures", None) or [""])[0]
         loader = getattr(transformers, architecture, None) or AutoModelForCausalLM
         loaded, info = loader.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, AttributeError) as error:
         raise InputError(f"{name} cannot be loaded: {first_line(error)}") from error
-    missing, wrong = sorted(info.get("missing_keys") or ()), sorted(str(k) for k in info.get("mismatched_keys") or ())
+    missing, wrong = sorted(info.get("missing_keys") or ()), sorted(str(key[0]) for key in info.get("mismatched_keys") or ())
     if missing or wrong:
-        what = f"'{missing[0]}' is missing" if missing else f"{wrong[0]} has another shape"
+        what = f"'{missing[0]}' is missing" if missing else f"'{wrong[0]}' has another shape"
         raise CheckpointError(f"the weights of {name} are not complete: {what} ({len(missing) + len(wrong)} in all)")
     return loaded
+
+
+def stored_dtype(model: str, *, trust_remote_code: bool = False) -> torch.dtype:
+    """The type of a model's weights by its own config (which a load in another type rewrites); float32 for a GGUF file."""
+    path = local_path(model)
+    if path is not None and path.is_file():
+        return torch.float32
+    named = getattr(AutoConfig.from_pretrained(str(path or model), trust_remote_code=trust_remote_code), "dtype", None)
+    named = getattr(torch, named, None) if isinstance(named, str) else named
+    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """Dequantise a GGUF file into a fresh model; the reader's own quantisation mark would forbid saving."""
     check_gguf(path)
     try:
-        read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype, local_files_only=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader's own progress bar cannot be switched off
+            read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype, local_files_only=True)
     except ImportError as error:
         raise InputError(f"reading {path.name} needs more packages: pip install 'moecompile[gguf]' ({first_line(error)})") from error
     except Exception as error:  # the reader raises whatever a malformed file makes it meet
@@ -185,6 +197,8 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
         InputError: there is none.
     """
     path = local_path(model)
+    if path is not None and path.is_dir():
+        check_folder(path)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with quiet_transformers():
         try:
@@ -205,6 +219,19 @@ def check_finite(model: nn.Module) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(f"the weight '{name}' holds {count} values that are NaN or infinite")
+
+
+def check_positions(model: nn.Module, length: int, what: str) -> None:
+    """Refuse texts longer than the model's positions.
+
+    Raises:
+        InputError: they are.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise InputError(f"{what} is {length} tokens; the model has {longest} positions")
 
 
 def first_line(error: BaseException) -> str:

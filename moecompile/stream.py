@@ -33,7 +33,7 @@ class Stream:
 
     def __init__(self, captured: Captured, matches: Sequence[Match], batches: Sequence[Any]) -> None:
         self.captured, self.matches = captured, tuple(matches)
-        self._segments, self._last_use = _segments(captured.graph_module.graph, self.matches)
+        self._segments, self._dead_within, self._dead_behind = _segments(captured.graph_module.graph, self.matches)
         self._attributes: dict[fx.Node, Any] = {}
         self._position = 0
         self._states = [self._initial(batch) for batch in batches]
@@ -69,6 +69,8 @@ class Stream:
         for state in self._states:
             for node in self._segments[number]:
                 self._run(node, state)
+                for dead in self._dead_within.get(node, ()):
+                    state.pop(dead, None)
         return [state[self.matches[number].x] for state in self._states]
 
     def tokens(self, number: int, values: Sequence[Tensor]) -> Tensor:
@@ -81,6 +83,12 @@ class Stream:
                 rows.append(value.reshape(-1, value.shape[-1]))
         return torch.cat(rows)
 
+    def residual(self, number: int) -> Tensor:
+        """What the present FFN's output is added to, (T, D) float32, a copy; only where the match has a residual."""
+        node = self.matches[number].residual
+        assert node is not None and number == self._position
+        return self.tokens(number, [state[node] for state in self._states]).float().clone()
+
     def feed(self, ffn: Callable[[Tensor], Tensor]) -> None:
         """Compute the present FFN's output for every batch by ``ffn`` (T, D) -> (T, D), and move on."""
         match = self.matches[self._position]
@@ -88,7 +96,7 @@ class Stream:
             x = state[match.x]
             with torch.no_grad():
                 state[match.out] = ffn(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-            for node in self._last_use[self._position]:
+            for node in self._dead_behind[self._position]:
                 state.pop(node, None)
         self._position += 1
 
@@ -109,15 +117,18 @@ class Stream:
         return self._attributes[node]
 
 
-def _segments(graph: fx.Graph, matches: tuple[Match, ...]) -> tuple[list[list[fx.Node]], list[list[fx.Node]]]:
-    """For each FFN: the nodes to run before it, in order; and the nodes whose values nobody needs behind it."""
+def _segments(
+    graph: fx.Graph, matches: tuple[Match, ...]
+) -> tuple[list[list[fx.Node]], dict[fx.Node, list[fx.Node]], list[list[fx.Node]]]:
+    """For each FFN the nodes to run before it, in order; for each node the values that nobody needs once it has run; and for
+    each FFN the values that nobody needs behind it."""
     outputs = {match.out for match in matches}
     done: set[fx.Node] = set()
     segments: list[list[fx.Node]] = []
     order = {node: index for index, node in enumerate(graph.nodes)}
     for match in matches:
         needed: set[fx.Node] = set()
-        pending = [match.x]
+        pending = [match.x] if match.residual is None else [match.x, match.residual]
         while pending:
             node = pending.pop()
             if node in needed or node in done or node in outputs or node.op != "call_function":
@@ -126,15 +137,23 @@ def _segments(graph: fx.Graph, matches: tuple[Match, ...]) -> tuple[list[list[fx
             pending += node.all_input_nodes
         segments.append(sorted(needed, key=order.__getitem__))
         done |= needed
-    last: dict[fx.Node, int] = {}
-    for number, segment in enumerate(segments):
-        last[matches[number].x] = number
+    last_user: dict[fx.Node, fx.Node] = {}
+    for segment in segments:
         for node in segment:
-            last.setdefault(node, number)
+            last_user[node] = node
             for source in node.all_input_nodes:
                 if source.op != "get_attr":
-                    last[source] = max(last.get(source, 0), number)
-    dead: list[list[fx.Node]] = [[] for _ in matches]
-    for node, number in last.items():
-        dead[number].append(node)
-    return segments, dead
+                    last_user[source] = node
+    behind: list[list[fx.Node]] = [[] for _ in matches]
+    kept: set[fx.Node] = set()
+    for number, match in enumerate(matches):  # what an FFN reads must outlive its segment
+        for node in (match.x, match.residual):
+            if node is not None:
+                kept.add(node)
+                if node not in last_user or order[last_user[node]] <= order[match.out]:
+                    behind[number].append(node)
+    within: dict[fx.Node, list[fx.Node]] = {}
+    for node, user in last_user.items():
+        if node not in kept or not any(node in values for values in behind):
+            within.setdefault(user, []).append(node)
+    return segments, within, behind

@@ -43,7 +43,7 @@ def read_passages(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators unescaped
     except FileNotFoundError:
         raise InputError(f"there is no text file {path}") from None
     except (UnicodeDecodeError, OSError) as error:

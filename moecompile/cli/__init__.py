@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         if threading.current_thread() is threading.main_thread():  # an end by `kill` cleans up as Ctrl-C does
-            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+            signal.signal(signal.SIGTERM, _interrupt)
         options = parser().parse_args(arguments)
         result = options.run(options)
         if options.json:
@@ -74,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = " ".join(str(error).split())[:300]
             print(f"moecompile: internal error: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
         return INTERNAL
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt  # not SIGINT: a shell's background jobs ignore that one
 
 
 def _complain(text: str, debug: bool) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..conversion import Conversion, convert_with_record
 from ..errors import InputError
 from ..files import check_new_folder
-from ..hub import load_dense, local_path
+from ..hub import check_positions, load_dense, local_path, stored_dtype
 from ..recipes import RECIPES, Recipe
 from ..text import calibration_windows
 from ..version import __version__
@@ -85,13 +85,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{options.model} is converted already")
     if path is not None and path.resolve() in (options.out.resolve(), *options.out.resolve().parents):
         raise InputError(f"{options.out} lies in the model's own folder; give another")
+    if path is not None and options.out.resolve() in path.resolve().parents:
+        raise InputError(f"{options.out} holds {options.model} itself; give another folder")
     check_new_folder(options.out, options.overwrite)
     torch.manual_seed(options.seed)
     tokenizer = _tokenizer(options)
     windows = _windows(options, tokenizer) if options.calibration else None
     progress.say(f"loading {options.model}")
     model = load_dense(options.model, trust_remote_code=options.trust_remote_code)
-    stored = _stored_dtype(model)
+    stored = stored_dtype(options.model, trust_remote_code=options.trust_remote_code)
     model = model.to(device_of(options))
     batches = held = None
     if windows is not None:
@@ -133,19 +135,6 @@ def _windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
     return calibration_windows(tokenizer, options.calibration, tokens, options.calibration_window, options.seed)
 
 
-def check_positions(model: nn.Module, length: int, option: str) -> None:
-    """Refuse windows longer than the model's positions.
-
-    Raises:
-        InputError: they are.
-    """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
-    if isinstance(longest, int) and length > longest:
-        raise InputError(f"{option} is {length}; the model has {longest} positions")
-
-
 def inputs_of(model: nn.Module, rows: Tensor) -> dict[str, Any]:
     """Model inputs from windows (B, L): an encoder-decoder reads the first half and writes the second.
 
@@ -158,13 +147,6 @@ def inputs_of(model: nn.Module, rows: Tensor) -> dict[str, Any]:
         half = rows.shape[1] // 2
         return {"input_ids": rows[:, :half], "decoder_input_ids": rows[:, half:]}
     return {"input_ids": rows}
-
-
-def _stored_dtype(model: nn.Module) -> torch.dtype:
-    named = getattr(model.config, "dtype", None)
-    if isinstance(named, str):
-        named = getattr(torch, named, None)
-    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
 
 
 def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion, windows: Tensor | None) -> dict[str, Any]:

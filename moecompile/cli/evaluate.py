@@ -9,6 +9,7 @@ from typing import Any
 from ..apply import moe_blocks, set_top_k
 from ..errors import CheckpointError, InputError
 from ..evaluate import active_fraction, lambada, perplexity
+from ..hub import check_positions
 from ..text import evaluation_windows, read_passages
 from . import command
 from .common import add_texts, checkpoint, load_any, progress_of, tokenizer_of
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.task == "lambada":
         measured = lambada(model, tokenizer, passages, progress=progress)
     else:
+        check_positions(model, options.window, "--window")
         measured = perplexity(model, rows, dense_prefix=options.dense_prefix, progress=progress)
     result: dict[str, Any] = {
         "name": model.moecompile_plan.recipe if converted else "dense",  # type: ignore[union-attr]

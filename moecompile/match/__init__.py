@@ -37,12 +37,14 @@ class Match:
         x: the node that the FFN reads.
         out: the node that is its output; the rewrite replaces its uses.
         region: the nodes between the two, which are dead after the rewrite.
+        residual: the node that the output is added to, where there is one that does not depend on it.
     """
 
     site: FFNSite
     x: fx.Node
     out: fx.Node
     region: frozenset[fx.Node]
+    residual: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def _read_site(captured: Captured, modules: ModuleMap, uses: dict[int, list[fx.N
         refusal=placed.refusal,
         output_dropout=placed.output_dropout,
     )
-    return Match(site, x, down.node, frozenset(before | set(down.inner)) - {x})
+    return Match(site, x, down.node, frozenset(before | set(down.inner)) - {x}, _residual(down.node))
 
 
 def _split_product(expression: Expression, down: N.LinearNode) -> tuple[Leaf | None, Leaf, str]:
@@ -269,6 +271,33 @@ def _views_of(down: N.LinearNode, before: set[fx.Node]) -> set[fx.Node]:
         views.add(user)
         node = user
     return views
+
+
+def _residual(out: fx.Node) -> fx.Node | None:
+    """What the FFN's output is added to: the other operand of the sum that follows it, if it comes from elsewhere."""
+    node = out
+    while True:
+        users = [user for user in node.users if user.target not in N.ASSERTS]
+        if len(users) != 1:
+            return None
+        if not N.passes_on(users[0]):
+            break
+        node = users[0]
+    add = users[0]
+    if add.target not in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) or add.kwargs.get("alpha", 1) != 1:
+        return None
+    others = [source for source in add.args[:2] if source is not node]
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or not N.same_shape(others[0], out):
+        return None
+    pending, seen = [others[0]], set()
+    while pending:
+        source = pending.pop()
+        if source is out:
+            return None
+        if source not in seen:
+            seen.add(source)
+            pending += source.all_input_nodes
+    return others[0]
 
 
 def _check_users(region: set[fx.Node], own: set[fx.Node]) -> None:

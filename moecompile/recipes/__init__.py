@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .base import Context, Recipe, make_plan, planner
+from .calibrated import Calibrated
 from .contiguous import Contiguous
 from .pruned import Flap, Static
 
-RECIPES: dict[str, type[Recipe]] = {"contiguous": Contiguous, "static": Static, "flap": Flap}
+RECIPES: dict[str, type[Recipe]] = {"calibrated": Calibrated, "contiguous": Contiguous, "static": Static, "flap": Flap}
 
-__all__ = ["RECIPES", "Contiguous", "Context", "Flap", "Recipe", "Static", "make_plan", "planner"]
+__all__ = ["RECIPES", "Calibrated", "Contiguous", "Context", "Flap", "Recipe", "Static", "make_plan", "planner"]

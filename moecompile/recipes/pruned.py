@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..plans import DOWN, MEANS, MoEPlan, SitePlan
+from ..plans import BIAS, DOWN, MEANS, MoEPlan, SitePlan
 from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, Recipe, check_fraction, planner
-from .refit import masked_moments, refit_down
+from .refit import refit_down
+
+
+_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,19 @@ def plan_static(recipe: Static, context: Context) -> MoEPlan:
             means = torch.where(keep, 0.0, statistics.mean.cpu())
             tensors[f"{site.name}/{MEANS}"] = means
             if recipe.compensation == "refit":
-                mask = keep.to(h.device).expand(len(h), -1)
-                target = h.float() @ dense.down.float().t()
-                moments = masked_moments(h, mask, means.to(h.device), target, dense.down)
-                tensors[f"{site.name}/{DOWN}"] = refit_down(moments, dense.down).cpu()
-                fitted = (MEANS, DOWN)
+                rows = keep.to(h).expand(_CHUNK, -1)
+                bias = None if dense.down_bias is None else dense.down_bias.float()
+                down, constant = refit_down(
+                    h.float(),
+                    lambda start, stop, rows=rows: rows[: stop - start],  # type: ignore[misc]
+                    means.to(h.device),
+                    dense.down.float(),
+                    bias,
+                    dense.output(h).float(),
+                    torch.ones(len(h), device=h.device),
+                )
+                tensors[f"{site.name}/{DOWN}"], tensors[f"{site.name}/{BIAS}"] = down.cpu(), constant.cpu()
+                fitted = (MEANS, DOWN, BIAS)
         sites.append(_site_plan(site, keep, fitted))
         stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
     return MoEPlan(recipe.name, recipe.settings(), tuple(sites), tensors)

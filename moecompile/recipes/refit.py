@@ -1,65 +1,95 @@
 """The least-squares refit of a down projection for a routing mask, in closed form.
 
-    h~ = where(mask, h, mu)      W' = W + R (H~^T H~ + lambda I)^-1,   R = (Y - H~ W^T)^T H~
+    min over W', b'   sum_t w_t | y_t - b - W mu - b' - W' (m_t * (h_t - mu)) |^2  +  ridge * sum_j E_jj |W'_j - W_j|^2
 
-With h the hidden activations, mu_j the mean of h_j over the tokens on which neuron j is idle and Y the wanted output (bias left
-out). A mask of ones and Y = H W^T give W' = W; a sparse mask moves what the idle neurons carried onto the active ones.
+with h the hidden activations, m the mask of active neurons, mu_j the mean of h_j over the tokens on which neuron j is idle (0 for
+neurons that never are), E_jj the second moment of feature j. The prior is the dense down projection with the idle neurons' means
+as constants. A mask of ones and y = W h + b give W' = W and b' = 0; a sparse mask moves what the idle neurons carried onto the
+active ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_CHUNK = 4096  # tokens at a time: (4096, F) in float32 is all that is held besides the moments
+_CHUNK = 4096  # tokens at a time
+# Held-out relative error of a layer by ridge: .1551 at .003, .1430 at .5, .1434 at 1.
+RIDGE = 0.5
+_FLOOR = 1e-5  # of the mean second moment, for neurons that are never active
+
+Mask = Callable[[int, int], Tensor]
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Second moments for one refit: gram (F, F) = H~^T H~, residual (D, F) = (Y - H~ W^T)^T H~, both float32."""
-
-    gram: Tensor
-    residual: Tensor
-
-
-def masked_moments(hidden: Tensor, mask: Tensor, means: Tensor, target: Tensor, down: Tensor, weights: Tensor | None = None) -> Moments:
-    """Accumulate the moments.
+def idle_means(hidden: Tensor, mask: Mask, weights: Tensor) -> Tensor:
+    """(F,) weighted mean of each neuron over the tokens on which it is idle; 0 where it never is.
 
     Args:
-        hidden: (T, F) activations.
-        mask: (T, F) bool, which neurons are active for each token.
-        means: (F,) what stands in for an idle neuron.
-        target: (T, D) the wanted output, bias left out.
-        down: (D, F) the present down projection.
-        weights: (T,) weight of each token, or None for 1.
+        hidden: (T, F), float32.
+        mask: ``mask(start, stop)`` gives the (tokens, F) float mask of active neurons.
+        weights: (T,).
     """
-    width = hidden.shape[1]
-    gram = torch.zeros(width, width, device=hidden.device)
-    residual = torch.zeros(down.shape[0], width, device=hidden.device)
+    total = torch.zeros(hidden.shape[1], device=hidden.device)
+    count = torch.zeros_like(total)
     for start in range(0, len(hidden), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        seen = torch.where(mask[rows], hidden[rows].float(), means.float())
-        gap = target[rows].float() - seen @ down.float().t()
-        if weights is not None:
-            root = weights[rows].sqrt().unsqueeze(-1)
-            seen, gap = seen * root, gap * root
-        gram.addmm_(seen.t(), seen)
-        residual.addmm_(gap.t(), seen)
-    return Moments(gram, residual)
+        stop = min(start + _CHUNK, len(hidden))
+        idle = (1.0 - mask(start, stop)) * weights[start:stop, None]
+        total += (idle * hidden[start:stop]).sum(0)
+        count += idle.sum(0)
+    return torch.where(count > 0, total / count.clamp_min(1e-12), torch.zeros_like(total))
 
 
-def refit_down(moments: Moments, down: Tensor, ridge: float = 0.02) -> Tensor:
-    """The refitted down projection (D, F), float32.
+def refit_down(
+    hidden: Tensor,
+    mask: Mask,
+    means: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weights: Tensor,
+    ridge: float = RIDGE,
+) -> tuple[Tensor, Tensor]:
+    """The refitted down projection and the constant that goes with it.
 
     Args:
-        moments: from :func:`masked_moments`.
-        down: (D, F) the present down projection.
-        ridge: lambda over the mean diagonal of the gram matrix.
+        hidden: (T, F), float32.
+        mask: as for :func:`idle_means`.
+        means: (F,) from :func:`idle_means`.
+        down: (D, F), float32.
+        bias: (D,) or None.
+        target: (T, D) the wanted output, bias included.
+        weights: (T,).
+        ridge: weight of the prior.
+
+    Returns:
+        W' (D, F), and the (D,) constant b' to add to the dense bias and to the idle means' part W' mu.
     """
-    gram = moments.gram.clone()
-    scale = gram.diagonal().mean().clamp_min(1e-12)
-    gram.diagonal().add_(ridge * scale)
-    factor = torch.linalg.cholesky(gram)
-    return down.float() + torch.cholesky_solve(moments.residual.t(), factor).t()
+    width, hidden_size = hidden.shape[1], down.shape[0]
+    size = width + 1  # the last feature is the constant 1
+    gram = torch.zeros(size, size, device=hidden.device)
+    cross = torch.zeros(size, hidden_size, device=hidden.device)
+    base = down @ means if bias is None else down @ means + bias
+    step = -(-size // 4)
+    for start in range(0, len(hidden), _CHUNK):
+        stop = min(start + _CHUNK, len(hidden))
+        features = torch.ones(stop - start, size, device=hidden.device)
+        torch.sub(hidden[start:stop], means, out=features[:, :width])
+        features[:, :width] *= mask(start, stop)
+        root = weights[start:stop].sqrt()[:, None]
+        gap = (target[start:stop] - features[:, :width] @ down.t() - base) * root
+        features *= root
+        cross.addmm_(features.t(), gap)
+        for low in range(0, size, step):  # the upper blocks alone: the matrix is symmetric
+            gram[low : low + step, low:] += features[:, low : low + step].t() @ features[:, low:]
+    gram = torch.triu(gram) + torch.triu(gram, 1).t()
+    second = gram.diagonal().clone()
+    floor = _FLOOR * second[:width].mean().clamp_min(1e-12)
+    penalty = ridge * second + floor
+    penalty[-1] = floor  # the constant is free
+    gram.diagonal().add_(penalty)
+    delta = torch.cholesky_solve(cross.double(), torch.linalg.cholesky(gram.double())).t().float()
+    refitted = down + delta[:, :width]
+    constant = base + delta[:, -1] - refitted @ means
+    return refitted, constant if bias is None else constant - bias
