@@ -224,9 +224,18 @@ class Activation:
 
     Attributes:
         name: a name of :data:`NAMED`, or the expression itself when it has none.
+
+    Raises:
+        PlanError: the text is not an expression in x.
     """
 
     name: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_rule", _compile(self.expression))
+
+    def __reduce__(self) -> tuple[type[Activation], tuple[str]]:
+        return Activation, (self.name,)
 
     @property
     def expression(self) -> str:
@@ -235,18 +244,16 @@ class Activation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """f(x), same shape and dtype as x."""
-        value, _ = evaluate(self.expression, x, derivative=False)
-        return value
+        value, _ = self._rule((x, None))  # type: ignore[attr-defined]
+        return value if isinstance(value, Tensor) else torch.full_like(x, value)
 
     def with_derivative(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(f(x), f'(x)), each of the shape and dtype of x."""
-        value, slope = evaluate(self.expression, x, derivative=True)
-        assert slope is not None
-        return value, slope
-
-    def at_zero(self) -> float:
-        """f(0), which tells whether a neuron of zero weights is silent."""
-        return float(self(torch.zeros((), dtype=torch.float64)))
+        value, slope = self._rule((x, torch.ones_like(x)))  # type: ignore[attr-defined]
+        value = value if isinstance(value, Tensor) else torch.full_like(x, value)
+        if slope is None:
+            return value, torch.zeros_like(x)
+        return value, slope if isinstance(slope, Tensor) else torch.full_like(x, slope)
 
 
 @lru_cache(maxsize=256)
@@ -270,32 +277,32 @@ def _parse(expression: str) -> ast.expr:
     return tree
 
 
-def evaluate(expression: str, x: Tensor, derivative: bool) -> tuple[Tensor, Tensor | None]:
-    """Value and, if asked, derivative of an expression at x.
+Rule = Callable[[Dual], Dual]
 
-    The text is parsed, never executed: only x, numbers and :data:`PRIMITIVES` are accepted.
+
+@lru_cache(maxsize=256)
+def _compile(expression: str) -> Rule:
+    """The expression as nested functions on dual numbers. The text is parsed, never executed: only x, numbers and
+    :data:`PRIMITIVES` are accepted.
 
     Raises:
         PlanError: the text is not such an expression.
     """
 
-    def visit(node: ast.expr) -> Dual:
+    def build(node: ast.expr) -> Rule:
         if isinstance(node, ast.Name):
-            return x, (torch.ones_like(x) if derivative else None)
+            return lambda x: x
         if isinstance(node, ast.Constant):
-            return float(node.value), None  # type: ignore[arg-type]
+            number = (float(node.value), None)  # type: ignore[arg-type]
+            return lambda x: number
         if isinstance(node, ast.UnaryOp):
-            return _mul(visit(node.operand), (-1.0, None))
+            inner = build(node.operand)
+            return lambda x: _mul(inner(x), (-1.0, None))
         assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        return PRIMITIVES[node.func.id](*[visit(arg) for arg in node.args])
+        rule, operands = PRIMITIVES[node.func.id], [build(argument) for argument in node.args]
+        return lambda x: rule(*[operand(x) for operand in operands])
 
-    value, slope = visit(_parse(expression))
-    value = value if isinstance(value, Tensor) else torch.full_like(x, value)
-    if not derivative:
-        return value, None
-    if slope is None:
-        return value, torch.zeros_like(x)
-    return value, slope if isinstance(slope, Tensor) else torch.full_like(x, slope)
+    return build(_parse(expression))
 
 
 @lru_cache(maxsize=256)
@@ -305,12 +312,12 @@ def canonical(expression: str) -> Activation:
     Sameness is checked by numbers: 4001 points of [-12, 12] in float64, relative difference at most 1e-9.
     """
     grid = torch.linspace(-12.0, 12.0, 4001, dtype=torch.float64)
-    value, _ = evaluate(expression, grid, derivative=False)
-    for name, text in NAMED.items():
-        known, _ = evaluate(text, grid, derivative=False)
-        if torch.allclose(value, known, rtol=1e-9, atol=1e-12):
+    activation = Activation(expression)
+    value = activation(grid)
+    for name in NAMED:
+        if torch.allclose(value, Activation(name)(grid), rtol=1e-9, atol=1e-12):
             return Activation(name)
-    return Activation(expression)
+    return activation
 
 
 def is_linear(activation: Activation) -> bool:

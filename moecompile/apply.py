@@ -40,11 +40,13 @@ def build_block(plan: SitePlan, tensors: dict[str, Tensor], dense: DenseFFN) -> 
             _copy_bias(block.shared.up_proj.bias, dense.up_bias, shared)
             if block.shared.gate_proj is not None:
                 _copy_bias(block.shared.gate_proj.bias, dense.gate_bias, shared)
+    block.place[shared] = torch.arange(len(plan.shared), device=shared.device)
     rows = block.experts.up  # [N, GI, D]
     biases = block.experts.up_bias_or_none
     width = spec.expert_width
     for number, neurons in enumerate(plan.experts):
         index = torch.tensor(neurons, dtype=torch.long, device=dense.up.device)
+        block.place[index] = len(plan.shared) + number * width + torch.arange(len(neurons), device=index.device)
         halves = [(dense.gate, dense.gate_bias), (dense.up, dense.up_bias)] if spec.gated else [(dense.up, dense.up_bias)]
         for half, (weight, bias) in enumerate(halves):
             window = slice(half * width, half * width + len(neurons))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -93,8 +94,12 @@ class MoEModelMixin:
             raise explain_os_error(error, folder) from error
         try:
             write_files(self, aside, state_dict=state_dict, max_shard_size=max_shard_size)  # type: ignore[arg-type]
-            for file in aside.iterdir():
-                os.replace(file, folder / file.name)
+            new = {file.name for file in aside.iterdir()}
+            for name in new:
+                os.replace(aside / name, folder / name)
+            for old in (folder / WEIGHTS, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+                if old.name not in new:  # an earlier save's shards would be taken for the new weights
+                    old.unlink(missing_ok=True)
         except OSError as error:
             raise explain_os_error(error, folder) from error
         finally:
@@ -245,6 +250,9 @@ def load(
     folder = local_path(str(path))
     if folder is None:
         raise InputError(f"there is no folder {path}")
+    wanted = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if wanted is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise InputError(f"dtype is {dtype!r}; it must be a floating-point type of torch, or its name")
     config = check_folder(folder)
     if config.get("model_type") != MODEL_TYPE:
         raise InputError(f"{folder} is not a converted model (its model_type is {config.get('model_type')!r}); convert it first")
@@ -255,8 +263,8 @@ def load(
     install(target, plan, blocks)
     _fill(target, folder)
     adopt(target, plan, record)
-    if dtype is not None and dtype != "auto":
-        target.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if wanted is not None:
+        target.to(wanted)
     if device is not None:
         target.to(device)
     return target.eval()
@@ -266,20 +274,21 @@ def _empty_model(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     """The dense architecture without initialising a weight."""
     from transformers.initialization import no_init_weights
 
-    base = dict(config.get("base_config") or {})
-    name = (config.get("architectures") or [""])[0]
+    base, names = config.get("base_config"), config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
     architecture = getattr(transformers, name, None)
-    if not base or architecture is None:
+    if not base or not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         raise InputError(f"{folder} holds a {name or 'module'}, which transformers does not have: give load(..., model=) the dense module")
     try:
-        dense_config = AutoConfig.for_model(base.pop("model_type"), **base)
+        settings = dict(base)
+        dense_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with quiet_transformers(), no_init_weights():
             model = architecture._from_config(dense_config)
             if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         model.tie_weights()
         return model
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"the model of {folder} cannot be built from its config: {first_line(error)}") from error
 
 
@@ -302,11 +311,14 @@ def _fill(model: nn.Module, folder: Path) -> None:
     for name, tensor in own.items():
         aliases.setdefault((tensor.untyped_storage().data_ptr(), tensor.storage_offset()), set()).add(name)
     tied = {name: group for group in aliases.values() for name in group if len(group) > 1}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in sorted(set(own) - set(stored)):
         source = next((other for other in tied.get(name, ()) if other in stored), None)
         if source is None and own[name].numel():
             raise CheckpointError(f"the weights of {folder} are not complete: '{name}' is missing")
         if source is not None:
+            if {name, source} <= set(parameters) and not isinstance(stored[source], nn.Parameter):  # one object for both
+                stored[source] = nn.Parameter(stored[source], requires_grad=parameters[source].requires_grad)
             stored[name] = stored[source]
     model.load_state_dict(stored, strict=False, assign=True)
     if hasattr(model, "tie_weights"):

@@ -20,7 +20,7 @@ from .costs import dense_costs, moe_costs
 from .diagnose import layer_rows
 from .errors import CaptureError, InputError, MatchError, PlanError
 from .match import Match, Matched, match
-from .parity import check_parity, evaluating
+from .parity import check_parity, check_routing, evaluating
 from .passes import SplitFFN, run_passes
 from .passes.split_ffn import block_path
 from .plans import MoEPlan
@@ -42,6 +42,8 @@ class Conversion:
         matched: what was found in the dense model.
         parity_max_abs_error: largest difference of outputs, all experts on, before any compensation.
         parity_tolerance: how large it was allowed to be.
+        routing_error: largest relative difference, over the layers, of the chosen experts' output from that of the same neurons in
+            the dense FFN.
         layers: per FFN, on tokens that the recipe did not see (where some were held out): ``site``, relative errors ``all``,
             ``top_k`` and ``uncompensated``, and ``usage`` of the experts.
         costs: parameters, FLOPs and bytes beside the dense model's.
@@ -53,6 +55,7 @@ class Conversion:
     matched: Matched
     parity_max_abs_error: float
     parity_tolerance: float
+    routing_error: float
     layers: list[dict[str, Any]]
     costs: dict[str, Any]
     seconds: dict[str, float]
@@ -219,9 +222,10 @@ def convert_with_record(
     module = adopt(_assemble(model, captured, matched, the_plan, form, inplace), the_plan)
     clock.mark("apply")
     layers = _measure(captured, matched, module, the_plan, model if not inplace else None, samples)
+    routing_error = check_routing(layers, next(p.dtype for p in module.parameters() if p.is_floating_point()))
     clock.mark("measure")
     blocks = list(moe_blocks(module).values())
-    return Conversion(module, the_plan, matched, error, allowed, layers, moe_costs(module, blocks, costs), clock.seconds)
+    return Conversion(module, the_plan, matched, error, allowed, routing_error, layers, moe_costs(module, blocks, costs), clock.seconds)
 
 
 def _measure(

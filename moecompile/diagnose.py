@@ -53,10 +53,21 @@ def layer_rows(
             bare = bare_block_of(number, match) if bare_block_of else None
             if bare is not None:
                 with evaluating(bare):
-                    row["uncompensated"] = float((bare(x) - target).norm()) / scale
+                    routed = bare(x)
+                    row["uncompensated"] = float((routed - target).norm()) / scale
+                    row["routed"] = float((routed - _masked(dense, bare, x)).norm()) / scale
             rows.append(row)
         stream.feed(lambda value, dense=dense: dense.output(dense.hidden(value)))  # type: ignore[misc]
     return rows
+
+
+def _masked(dense: DenseFFN, block: MoEFFN, x: torch.Tensor) -> torch.Tensor:
+    """The dense FFN (T, D) -> (T, D) with only the neurons that the block chooses for each token."""
+    ids, _ = block.choose(x)
+    on = torch.zeros(len(x), block.spec.experts, device=x.device, dtype=torch.bool).scatter_(1, ids, True)
+    on = on.repeat_interleave(block.spec.expert_width, dim=1)
+    shared = torch.ones(len(x), block.spec.shared_width, device=x.device, dtype=torch.bool)
+    return dense.output(dense.hidden(x) * torch.cat([shared, on], dim=1)[:, block.place])
 
 
 def _usage(block: MoEFFN, x: torch.Tensor) -> list[float]:

@@ -94,8 +94,10 @@ def new_folder(path: Path, overwrite: bool, needed_bytes: int = 0) -> Iterator[P
         InputError: the folder exists, or its parent cannot hold one.
         CheckpointError: there is no room.
     """
+    path = path.resolve()  # a link stays, and the folder it leads to is written
     check_new_folder(path, overwrite, needed_bytes)
-    parent = path.absolute().parent
+    parent = path.parent
+    made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     try:
         parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=parent))
@@ -115,6 +117,9 @@ def new_folder(path: Path, overwrite: bool, needed_bytes: int = 0) -> Iterator[P
             os.replace(old, path)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        for folder in made if not path.exists() else ():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def check_new_folder(path: Path, overwrite: bool, needed_bytes: int = 0) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -20,6 +21,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .errors import CheckpointError, InputError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_UNLOADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
@@ -138,9 +150,15 @@ def _load_folder(name: str, data: dict[str, Any] | None, dtype: torch.dtype | st
         architecture = (getattr(config, "architectures", None) or [""])[0]
         loader = getattr(transformers, architecture, None) or AutoModelForCausalLM
         loaded, info = loader.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, AttributeError) as error:
+    except _UNLOADABLE as error:
         raise InputError(f"{name} cannot be loaded: {first_line(error)}") from error
     missing, wrong = sorted(info.get("missing_keys") or ()), sorted(str(key[0]) for key in info.get("mismatched_keys") or ())
     if missing or wrong:
@@ -164,7 +182,9 @@ def _load_gguf(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     check_gguf(path)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the reader's own progress bar cannot be switched off
-            read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype, local_files_only=True)
+            read = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=dtype, local_files_only=True
+            )
     except ImportError as error:
         raise InputError(f"reading {path.name} needs more packages: pip install 'moecompile[gguf]' ({first_line(error)})") from error
     except Exception as error:  # the reader raises whatever a malformed file makes it meet

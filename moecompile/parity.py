@@ -94,6 +94,23 @@ def max_abs_error(model: nn.Module, dense: nn.Module, batches: Sequence[Any]) ->
     return worst, allowed
 
 
+def check_routing(layers: Sequence[dict[str, Any]], dtype: torch.dtype) -> float:
+    """The largest relative error of a block's chosen experts against the same neurons of the dense FFN.
+
+    Raises:
+        ParityError: it is beyond 64 epsilons of the type.
+    """
+    worst = max((float(row.get("routed", 0.0)) for row in layers), default=0.0)
+    allowed = 64 * torch.finfo(dtype).eps
+    if not worst <= allowed:
+        site = max(layers, key=lambda row: float(row.get("routed", 0.0)))["site"]
+        raise ParityError(
+            f"{site}: the chosen experts differ from the same neurons of the dense FFN by {worst:.1e} (relative); "
+            f"{allowed:.1e} is allowed: not converted"
+        )
+    return worst
+
+
 def check_parity(split: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> tuple[float, float]:
     """(error, tolerance) of a split model with all experts on against the dense one.
 

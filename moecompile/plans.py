@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .activations import Activation
 from .block import BlockSpec
 from .errors import PlanError
 from .files import read_json, write_bytes, write_tensors
@@ -93,6 +94,7 @@ class SitePlan:
         expert_bias = MEANS in self.fitted
         return BlockSpec(
             hidden_size=site.hidden_size,
+            dense_width=site.intermediate_size,
             shared_width=len(self.shared),
             experts=len(self.experts),
             expert_width=self.expert_width,
@@ -138,6 +140,7 @@ class SitePlan:
                 keep_exact=bool(data.get("keep_exact", False)),
                 metrics=dict(data.get("metrics", {})),
             )
+            Activation(plan.site.activation)  # refuses a text that is none
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is not readable ({type(error).__name__}: {error})") from error
         plan.validate()
@@ -239,6 +242,8 @@ class MoEPlan:
             raise PlanError(f"the plan's format is {data.get('format')!r}; this version reads format {FORMAT}")
         try:
             sites = tuple(SitePlan.from_dict(item) for item in data["sites"])
+            if not sites:
+                raise PlanError("the plan has no sites")
             return cls(str(data["recipe"]), dict(data["config"]), sites, dict(tensors or {}))
         except (KeyError, TypeError) as error:
             raise PlanError(f"the plan is not readable ({type(error).__name__}: {error})") from error

@@ -35,26 +35,23 @@ class SplitFFN:
         """
         result = clone(graph_module)
         nodes = {node.name: node for node in result.graph.nodes}
-        targets = []
-        for number, match in enumerate(self.matches):
+        for number, (match, block) in enumerate(zip(self.matches, self.blocks, strict=True)):
             x, out = nodes.get(match.x.name), nodes.get(match.out.name)
             if x is None or out is None:
                 raise PassError(f"pass {self.name}: {match.site.name} is not in this graph")
             target = block_path(match, number)
             with result.graph.inserting_before(out):
-                call = result.graph.call_module(target, (x,))
+                call = result.graph.create_node("call_module", target, (x,))
             call.meta = {key: out.meta[key] for key in ("val", "tensor_meta", "nn_module_stack", "stack_trace") if key in out.meta}
             call.meta["moecompile_site"] = match.site.name
             out.replace_all_uses_with(call)
             _erase(result.graph, out, {node.name for node in match.region})
-            targets.append(target)
-        result.graph.eliminate_dead_code()
-        for target, block in zip(targets, self.blocks, strict=True):
             if not result.add_submodule(target, block):
                 raise PassError(f"pass {self.name}: '{target}' cannot hold a module")
+        result.graph.eliminate_dead_code()
         result.delete_all_unused_submodules()
         result.recompile()
-        return PassResult(result, len(targets))
+        return PassResult(result, len(self.matches))
 
 
 def _erase(graph: Graph, out: Node, region: set[str]) -> None:
@@ -68,7 +65,7 @@ def _erase(graph: Graph, out: Node, region: set[str]) -> None:
             graph.erase_node(user)
         sources = node.all_input_nodes
         graph.erase_node(node)
-        pending += [source for source in sources if source.name in region and source not in pending]
+        pending += [s for s in sources if (s.name in region or s.op == "get_attr") and s not in pending]
 
 
 def block_path(match: Match, number: int) -> str:

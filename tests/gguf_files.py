@@ -30,7 +30,8 @@ def write_llama(model: nn.Module, path: Path) -> Path:
 
     add("token_embd", state["model.embed_tokens.weight"])
     add("output_norm", state["model.norm.weight"])
-    add("output", state["lm_head.weight"])
+    if not config.tie_word_embeddings:
+        add("output", state["lm_head.weight"])
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{layer}", f"blk.{layer}"
         add(f"{theirs}.attn_norm", state[f"{ours}.input_layernorm.weight"])

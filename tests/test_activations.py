@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecompile.activations import ATEN, NAMED, PRIMITIVES, Activation, canonical, evaluate, is_linear
+from moecompile.activations import ATEN, NAMED, PRIMITIVES, Activation, canonical, is_linear
 from moecompile.errors import PlanError
 
 F = torch.nn.functional
@@ -53,21 +53,20 @@ def test_composed_derivative_is_autograds(outer: str, inner: str, number: float,
     """Chain, product and sum rules on random compositions, away from kinks and poles."""
     expression = f"{join}({outer}(mul(0.3, {inner}(x))), mul({number!r}, x))"
     x = torch.tensor([-1.37, -0.41, 0.53, 1.29], dtype=torch.float64, requires_grad=True)
-    value, _ = evaluate(expression, x, derivative=False)
+    value = Activation(expression)(x)
     if not torch.isfinite(value).all() or (value.requires_grad and value.abs().max() > 1e6):
         return
     (slope,) = torch.autograd.grad(value.sum(), x)
-    _, derivative = evaluate(expression, x.detach(), derivative=True)
-    assert derivative is not None
+    _, derivative = Activation(expression).with_derivative(x.detach())
     torch.testing.assert_close(derivative, slope, rtol=1e-6, atol=1e-7)  # torch's hardsigmoid has a float32 slope
 
 
 @pytest.mark.parametrize("expression", ["pow(x, 3.0)", "sqrt(square(x))", "log(exp(x))", "div(1.0, add(1.0, exp(neg(x))))"])
 def test_other_derivatives(expression: str) -> None:
     x = torch.tensor([0.3, 0.9, 2.2], dtype=torch.float64, requires_grad=True)
-    value, _ = evaluate(expression, x, derivative=False)
+    value = Activation(expression)(x)
     (slope,) = torch.autograd.grad(value.sum(), x)
-    torch.testing.assert_close(evaluate(expression, x.detach(), derivative=True)[1], slope)
+    torch.testing.assert_close(Activation(expression).with_derivative(x.detach())[1], slope)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +98,15 @@ def test_is_linear() -> None:
 )
 def test_nothing_but_arithmetic_is_evaluated(expression: str) -> None:
     with pytest.raises(PlanError):
-        evaluate(expression, torch.zeros(1), derivative=False)
+        Activation(expression)
 
 
 def test_aten_table_names_primitives() -> None:
     assert {name for name, _ in ATEN.values()} <= set(PRIMITIVES)
+
+
+def test_survives_pickling() -> None:
+    import pickle
+
+    again = pickle.loads(pickle.dumps(Activation("mul(2.0, silu(x))")))
+    assert again == Activation("mul(2.0, silu(x))") and float(again(torch.ones(()))) == pytest.approx(2 * 0.731058, rel=1e-5)

@@ -141,28 +141,23 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 # Explain
 
 
-def test_explain(run: Run, dense: Path) -> None:
+def test_explain(run: Run, dense: Path, model: Any) -> None:
     result = run("explain", dense)
     assert {"sites", "skipped", "costs"} <= set(result)
     assert [site["name"] for site in result["sites"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     for site in result["sites"]:
-        shape = {"kind": "gated", "activation": "silu", "hidden_size": 32, "intermediate_size": 48, "bias": False, "layout": "linear"}
-        assert shape.items() <= site.items()
+        kind = {"kind": "gated", "activation": "silu", "bias": False, "layout": "linear"}
+        assert {**kind, "hidden_size": 32, "intermediate_size": 48}.items() <= site.items()
     assert result["costs"]["ffn_parameters"] == 2 * 3 * 32 * 48
-    assert result["costs"]["parameters"] == sum(p.numel() for p in BY_NAME["llama"].build(vocab_size=len_of(dense)).parameters())
-
-
-def len_of(folder: Path) -> int:
-    """A model folder's vocabulary."""
-    return json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert result["costs"]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_explain_says_what_it_skips(run: Run, tmp_path: Path) -> None:
-    config = {**BY_NAME["llama"].settings, "num_local_experts": 2}
-    transformers.MixtralForCausalLM(transformers.MixtralConfig(**config)).save_pretrained(tmp_path / "mixtral")
-    result = run("explain", tmp_path / "mixtral")
-    for skipped in result["skipped"]:
-        assert {"name", "node", "reason"} <= set(skipped) and skipped["reason"]
+    BY_NAME["bert"].build().save_pretrained(tmp_path / "bert")
+    result = run("explain", tmp_path / "bert")
+    assert len(result["sites"]) == 2
+    assert [skipped["name"] for skipped in result["skipped"]] == ["cls.predictions"]
+    assert result["skipped"][0]["node"] and "normalisation" in result["skipped"][0]["reason"]
 
 
 def test_explain_for_people(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +262,7 @@ def test_keep_exact(run: Run, dense: Path, model: Any, tmp_path: Path, text: Pat
 def test_dtype(run: Run, dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     run("convert", dense, out, "--recipe", "contiguous", "--dtype", "bfloat16")
-    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(out / "model.safetensors").values() if t.is_floating_point()} == {torch.bfloat16}
     assert moecompile.load(out).dtype == torch.bfloat16
 
 
@@ -297,7 +292,7 @@ def test_same_seed_same_model(run: Run, dense: Path, tmp_path: Path, text: Path)
     assert weights["a"] == weights["b"] != weights["c"]
 
 
-def test_convert_writes_progress_on_stderr_only(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_shows_progress_on_stderr(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--recipe", "contiguous", "--experts", "4", "--json"]
     assert main(["convert", str(dense), str(tmp_path / "a"), *options]) == 0
     out, err = capsys.readouterr()
@@ -412,7 +407,13 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "moecompile.json").read_text())["evaluations"]
 
 
-def test_figures_are_recorded_once(run: Run, routed: Path, text: Path, passages: tuple[Path, float], tmp_path: Path) -> None:
+def test_figures_are_recorded_once(
+    run: Run,
+    routed: Path,
+    text: Path,
+    passages: tuple[Path, float],
+    tmp_path: Path,
+) -> None:
     folder = Path(shutil.copytree(routed, tmp_path / "moe"))
     weights = (folder / "model.safetensors").read_bytes()
     options = ("--text", text, "--window", WINDOW, "--max-windows", 2)
@@ -442,7 +443,8 @@ def test_eval_for_people(routed: Path, text: Path, capsys: pytest.CaptureFixture
     options = ["--text", str(text), "--window", str(WINDOW), "--max-windows", "2", "--no-record", "--quiet"]
     assert main(["eval", str(routed), *options]) == 0
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"perplexity [\d.]+  \(words.txt, 2 windows of 32, 50% of FFN neurons active, [\d.]+ s\)\n", out)
+    setting = r"words.txt, 2 windows of 32, 50% of FFN neurons active"
+    assert re.fullmatch(rf"perplexity [\d.]+  \({setting}, [\d.]+ s\)\n", out)
     assert err == ""
 
 
@@ -488,7 +490,8 @@ def test_generate_for_people(dense: Path, model: Any, tokenizer: Any, capsys: py
 
 def test_chat_template(run: Run, dense: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(dense, tmp_path / "chat"))
-    (folder / "chat_template.jinja").write_text("the {% for message in messages %}{{ message.content }}{% endfor %} sends")
+    template = "the {% for message in messages %}{{ message.content }}{% endfor %} sends"
+    (folder / "chat_template.jinja").write_text(template)
     result = run("generate", folder, "--chat", "--prompt", "router", "--max-new-tokens", 8)
     assert result["prompt_tokens"] == 3
     assert result["text"] == run("generate", dense, "--prompt", "the router sends", "--max-new-tokens", 8)["text"]
@@ -508,7 +511,8 @@ def test_report(run: Run, routed: Path, whole: Path, dense: Path, text: Path, tm
     source = page.read_text(encoding="utf-8")
     assert f"{figure:.2f}" in source and f"{reference['perplexity']:.2f}" in source
     assert "model.layers.1.mlp" in source
-    assert "<style" in source and not re.search(r"(?:src|href)\s*=\s*[\"'](?:https?:)?//|@import|<script[^>]+src|<link", source)
+    assert "<style" in source
+    assert not re.search(r"(?:src|href)\s*=\s*[\"'](?:https?:)?//|@import|<script[^>]+src|<link", source)
 
 
 def test_report_elsewhere(run: Run, whole: Path, tmp_path: Path) -> None:
@@ -518,7 +522,7 @@ def test_report_elsewhere(run: Run, whole: Path, tmp_path: Path) -> None:
     assert sorted(whole.iterdir()) == before
 
 
-def test_a_reported_folder_still_loads_and_can_be_overwritten(run: Run, dense: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_folder_with_a_report_is_still_a_model(run: Run, dense: Path, whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "moe"))
     run("report", folder)
     assert len(moecompile.moe_blocks(moecompile.load(folder))) == 2

@@ -1,4 +1,4 @@
-"""Bad use and bad input: exit code 2, one line on stderr that names what is wrong, nothing left behind, nothing touched."""
+"""Bad use and bad input: exit code 2, one line on stderr that names what is wrong, nothing left behind."""
 
 from __future__ import annotations
 
@@ -230,6 +230,15 @@ def test_config_of_an_unknown_kind(refuse: Refuse, dense: Path, out: Path) -> No
     refuse("convert", dense, out, *COUNTS, "--quiet", words=(dense, "no-such-model"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": "wide"}, {"architectures": ["pipeline"]}, {"architectures": 5}, {"num_attention_heads": 5}],
+)
+def test_config_that_makes_no_model(refuse: Refuse, dense: Path, out: Path, changes: dict[str, Any]) -> None:
+    change_json(dense / "config.json", **changes)
+    refuse("convert", dense, out, *COUNTS, "--quiet", words=(dense,))
+
+
 def test_index_that_names_a_missing_shard(refuse: Refuse, dense: Path, out: Path) -> None:
     (dense / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     refuse("convert", dense, out, *COUNTS, "--quiet", words=("model-00001-of-00002.safetensors",))
@@ -332,11 +341,12 @@ def test_truncated_gguf_file(refuse: Refuse, tmp_path: Path, out: Path, kept: fl
         (("--recipe", "static", "--compensation", "magic"), ("--compensation", "magic")),
         (("--recipe", "static", "--calibration-window", "1"), ("--calibration-window", "1")),
         (("--recipe", "static", "--calibration-window", "0"), ("--calibration-window", "0")),
-        (("--recipe", "static", "--calibration-tokens", "31", "--calibration-window", "32"), ("--calibration-tokens", "31")),
+        (("--recipe", "static", "--calibration-window", "32", "--calibration-tokens", "31"), ("-tokens is 31",)),
         (("--recipe", "static", "--calibration-tokens", "0"), ("--calibration-tokens", "0")),
         (("--recipe", "no-such-recipe"), ("--recipe", "no-such-recipe")),
         (("--recipe", "contiguous", "--dtype", "int8"), ("--dtype", "int8")),
         (("--recipe", "contiguous", "--seed", "x"), ("--seed", "x")),
+        (("--recipe", "contiguous", "--seed", "9" * 30), ("--seed", "999")),
     ],
 )
 def test_settings_that_make_no_sense(
@@ -505,11 +515,32 @@ def test_out_around_a_gguf_file(refuse: Refuse, dense: Path) -> None:
     refuse("convert", model, dense, *COUNTS, "--overwrite", "--quiet", words=(dense, model))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_out_where_nothing_can_be_written(refuse: Refuse, dense: Path, tmp_path: Path) -> None:
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    refuse("convert", dense, locked / "out", *COUNTS, "--quiet", words=(locked, "written"))
+def test_locked_folder(refuse: Refuse, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
+    refuse("convert", dense, tmp_path / "locked" / "out", *COUNTS, "--quiet", words=("locked", "written"))
+
+
+@pytest.mark.parametrize("where", ["new", "new/deep"])
+def test_folders_made_on_the_way_go_too(
+    refuse: Refuse, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def interrupted(model: object, folder: Path, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_files", interrupted)
+    refuse("convert", dense, tmp_path / where / "out", *COUNTS, "--quiet", words=("interrupted",))
+
+
+def test_overwriting_through_a_link(dense: Path, converted: Path, tmp_path: Path) -> None:
+    """A link stays, the folder it leads to is replaced, and nothing else appears."""
+    link = tmp_path / "link"
+    link.symlink_to(converted)
+    (converted / "stale.txt").touch()
+    assert main(["convert", str(dense), str(link), *COUNTS, "--overwrite", "--quiet"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "link", "moe"]
+    assert link.is_symlink() and link.resolve() == converted
+    assert checkpoint.is_converted(converted) and not (converted / "stale.txt").exists()
 
 
 def test_too_little_free_space(refuse: Refuse, dense: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,7 +575,7 @@ def test_full_disk(dense: Path, out: Path, tmp_path: Path, full: str) -> None:
     process = start(_LIMITED, limit, "convert", dense, out, *COUNTS, "--quiet")
     stdout, err = process.communicate()
     assert (process.returncode, stdout) == (2, ""), err
-    check_one_line(err, ("no room to write",) if full == "weights" else ("the tokenizer cannot be written", "too large"))
+    check_one_line(err, ("no room to write",) if full == "weights" else ("tokenizer cannot be written", "too large"))
     assert snapshot(tmp_path) == before
 
 
@@ -579,14 +610,10 @@ sys.exit(main(sys.argv[2:]))
     ("number", "mode", "moment"),
     [
         (signal.SIGINT, "foreground", "loading"),
-        (signal.SIGINT, "foreground", "written"),
-        (signal.SIGTERM, "foreground", "written"),
         (signal.SIGTERM, "background", "written"),
     ],
 )
-def test_interruption(
-    dense: Path, out: Path, tmp_path: Path, number: signal.Signals, mode: str, moment: str
-) -> None:
+def test_interruption(dense: Path, out: Path, tmp_path: Path, number: signal.Signals, mode: str, moment: str) -> None:
     before = snapshot(tmp_path)
     process = start(_HELD, mode, "convert", dense, out, *COUNTS)
     assert process.stderr is not None
@@ -672,9 +699,7 @@ _MAP = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"}
 
 
 @pytest.mark.parametrize("command", EVERY)
-def test_remote_code_does_not_run_unasked(
-    refuse: Refuse, odd: tuple[Path, Path], out: Path, text: Path, command: str
-) -> None:
+def test_remote_code_does_not_run(refuse: Refuse, odd: tuple[Path, Path], out: Path, text: Path, command: str) -> None:
     folder, marker = odd
     change_json(folder / "config.json", model_type="odd-llama", architectures=["OddModel"], auto_map=_MAP)
     refuse(*commands(folder, out, text)[command], words=(folder,))
@@ -699,14 +724,19 @@ def test_remote_code_of_a_known_model_does_not_run(
     change_json(folder / "config.json", auto_map=_MAP)
     assert main(["explain", str(folder), "--quiet"]) == 0
     assert not marker.exists() and "LlamaForCausalLM" in capsys.readouterr().out
+    assert main(["explain", str(folder), "--quiet", "--trust-remote-code"]) == 0
+    assert marker.exists()
 
 
 def test_remote_code_of_a_tokenizer_does_not_run(refuse: Refuse, odd: tuple[Path, Path], out: Path, text: Path) -> None:
     folder, marker = odd
     settings = folder / "tokenizer_config.json"
     change_json(settings, tokenizer_class="OddTokenizer", auto_map={"AutoTokenizer": [None, "odd.OddTokenizer"]})
-    main([str(argument) for argument in commands(folder, out, text)["generate"]])
+    command = [str(argument) for argument in commands(folder, out, text)["generate"]] + ["--max-new-tokens", "2"]
+    main(command)
     assert not marker.exists()
+    assert main([*command, "--trust-remote-code"]) == 0
+    assert marker.exists()
 
 
 # The command line itself
@@ -744,7 +774,12 @@ def test_debug_shows_the_traceback(dense: Path, out: Path, capsys: pytest.Captur
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_internal_error(dense: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_error(
+    dense: Path,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("a bug\nof two lines")
 

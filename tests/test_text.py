@@ -111,9 +111,9 @@ def test_evaluation_refuses_what_cannot_be_measured(tmp_path: Path, numbers: Num
         evaluation_windows(numbers, [a], 1, None)
     with pytest.raises(InputError, match="--max-windows is 0"):
         evaluation_windows(numbers, [a], 4, 0)
-    with pytest.raises(InputError, match="short.txt has 3 tokens; one window needs 4"):
+    with pytest.raises(InputError, match=r"short\.txt has 3 tokens; one window needs 4"):
         evaluation_windows(numbers, [a, short], 4, None)
-    with pytest.raises(InputError, match="nowhere.txt"):
+    with pytest.raises(InputError, match=r"nowhere\.txt"):
         evaluation_windows(numbers, [a, tmp_path / "nowhere.txt"], 4, None)
     assert evaluation_windows(numbers, [a, short], 4, 3).shape == (3, 4)  # the short one is not needed
 
@@ -180,7 +180,7 @@ def test_calibration_refuses_what_is_too_small(tmp_path: Path, numbers: Numbers)
         calibration_windows(numbers, [path], 100, 1, seed=0)
     with pytest.raises(InputError, match="--calibration-tokens is 9; one window needs 10"):
         calibration_windows(numbers, [path], 9, 10, seed=0)
-    with pytest.raises(InputError, match="short.txt is shorter than one window of 10 tokens"):
+    with pytest.raises(InputError, match=r"short\.txt is shorter than one window of 10 tokens"):
         calibration_windows(numbers, [path, short], 100, 10, seed=0)
 
 

@@ -87,13 +87,21 @@ def _complain(text: str, debug: bool) -> int:
     return USE
 
 
+def seed(text: str) -> int:
+    """A seed that torch takes."""
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} has more than 64 bits")
+    return number
+
+
 def command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     """A subcommand with what all of them share."""
     sub: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+    sub.add_argument("--seed", type=seed, default=0, metavar="N", help="of every random choice (default: 0)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)")
     sub.add_argument("--quiet", action="store_true", help="no progress on stderr")
     sub.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -179,6 +179,7 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
         "keep_exact": options.keep_exact,
         "parity_max_abs_error": conversion.parity_max_abs_error,
         "parity_tolerance": conversion.parity_tolerance,
+        "routing_relative_error": conversion.routing_error,
         "calibration": calibration,
         "reconstruction": [
             {
@@ -217,6 +218,7 @@ def _summary(record: dict[str, Any], out: Path) -> str:
     return (
         f"{out}: {record['recipe']}, {len(record['sites'])} FFNs, {record['active_fraction']:.0%} of their neurons active\n"
         f"all experts on, before compensation: max abs error {record['parity_max_abs_error']:.2e} (allowed {record['parity_tolerance']:.0e})\n"
+        f"chosen experts against the same dense neurons: relative error {record['routing_relative_error']:.1e}\n"
         f"relative error per layer at top_k: mean {mean:.3f}\n"
         f"{record['seconds']['total']:.0f} s, peak memory {record['peak_rss_bytes'] / 2**30:.2f} GiB"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..activations import ATEN
+from ..activations import ATEN, Activation
 from . import nodes as N
 
 aten = torch.ops.aten
@@ -207,10 +207,7 @@ class Walk:
     def _fold(call: Call) -> Expression:
         """Arithmetic on numbers alone is done here, so that it never blocks a match."""
         if all(isinstance(operand, float) for operand in call.operands):
-            from ..activations import evaluate
-
-            value, _ = evaluate(text_of(call), torch.zeros((), dtype=torch.float64), derivative=False)
-            return float(value)
+            return float(Activation(text_of(call))(torch.zeros((), dtype=torch.float64)))
         return call
 
 
