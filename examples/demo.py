@@ -2,8 +2,8 @@
 
     python examples/demo.py [--output demo-output] [--windows 8] [--calibration-tokens 16384]
 
-Needs about 2.5 GB of disk. Dense, static, flap and calibrated are measured on the same windows of WikiText-2's test split; what is
-calibrated sees only the five domain texts of examples/data.
+Needs about 2.5 GB of disk. Dense, static, flap and calibrated are measured on the same windows of WikiText-2's test split;
+what is calibrated sees only the five domain texts of examples/data.
 """
 
 from __future__ import annotations

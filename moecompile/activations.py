@@ -99,7 +99,7 @@ PRIMITIVES: dict[str, Callable[..., Dual]] = {
     "pow": _chain(lambda u, p: u**p, lambda u, p: torch.zeros_like(u) if p == 0 else p * u ** (p - 1)),
     "sqrt": _chain(torch.sqrt, lambda u: 0.5 * torch.rsqrt(u)),
     "rsqrt": _chain(torch.rsqrt, lambda u: -0.5 * torch.rsqrt(u) / u),
-    "reciprocal": _chain(torch.reciprocal, lambda u: -torch.reciprocal(u) ** 2),
+    "reciprocal": _chain(torch.reciprocal, lambda u: -(torch.reciprocal(u) ** 2)),
     "exp": _chain(torch.exp, torch.exp),
     "expm1": _chain(torch.expm1, torch.exp),
     "log": _chain(torch.log, torch.reciprocal),
@@ -127,9 +127,7 @@ PRIMITIVES: dict[str, Callable[..., Dual]] = {
     ),
     "softsign": _chain(lambda u: u / (1 + u.abs()), lambda u: (1 + u.abs()) ** -2),
     "logsigmoid": _chain(torch.nn.functional.logsigmoid, lambda u: torch.sigmoid(-u)),
-    "hardsigmoid": _chain(
-        torch.nn.functional.hardsigmoid, lambda u: ((u > -3) & (u < 3)).to(u.dtype) / 6
-    ),
+    "hardsigmoid": _chain(torch.nn.functional.hardsigmoid, lambda u: ((u > -3) & (u < 3)).to(u.dtype) / 6),
     "hardswish": _chain(
         torch.nn.functional.hardswish,
         lambda u: torch.where(u <= -3, torch.zeros_like(u), torch.where(u >= 3, _ones(u), u / 3 + 0.5)),

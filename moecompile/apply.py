@@ -128,9 +128,7 @@ def install(model: nn.Module, plan: MoEPlan, blocks: Iterable[MoEFFN]) -> nn.Mod
 
 def build_blocks(model: nn.Module, plan: MoEPlan) -> list[MoEFFN]:
     """A block per site, from the dense model's weights."""
-    return [
-        build_block(site, plan.site_tensors(site.site.name), DenseFFN.read(site.site, model)) for site in plan.sites
-    ]
+    return [build_block(site, plan.site_tensors(site.site.name), DenseFFN.read(site.site, model)) for site in plan.sites]
 
 
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:

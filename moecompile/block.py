@@ -142,6 +142,8 @@ class MoEFFN(nn.Module):
     Buffers: ``place`` (F,) int64, where each dense neuron is stored: the shared ones first, then I places for each expert.
     """
 
+    place: Tensor
+
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         if spec.router != "none" and spec.router not in ROUTERS:
@@ -208,6 +210,7 @@ class MoEFFN(nn.Module):
             pre.append(nn.functional.linear(x, weight, bias))
         act = experts.act
         h = act(pre[0]) * pre[1] if spec.gated else act(pre[0])  # [T, F]
+        kept: Tensor | None
         if self.exact is not None:
             routed, kept, bias = self.exact.experts, self.exact.shared, self.exact.bias
         else:
@@ -220,4 +223,5 @@ class MoEFFN(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         s = self.spec
-        return f"D={s.hidden_size}, shared={s.shared_width}, experts={s.experts}x{s.expert_width}, top_k={self._top_k}, {s.activation}"
+        widths = f"D={s.hidden_size}, shared={s.shared_width}, experts={s.experts}x{s.expert_width}"
+        return f"{widths}, top_k={self._top_k}, {s.activation}"

@@ -75,8 +75,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         length = min(_LENGTH, longest)
         inputs[main] = torch.randint(0, vocabulary, (_BATCH, length), generator=generator).to(device)
         if getattr(config, "is_encoder_decoder", False):
-            shape = (_BATCH, min(_DECODER_LENGTH, longest))
-            inputs["decoder_input_ids"] = torch.randint(0, vocabulary, shape, generator=generator).to(device)
+            decoder_shape = (_BATCH, min(_DECODER_LENGTH, longest))
+            inputs["decoder_input_ids"] = torch.randint(0, vocabulary, decoder_shape, generator=generator).to(device)
     else:
         raise CaptureError(f"{type(model).__name__} takes '{main}', which cannot be guessed: pass example_inputs")
     return inputs

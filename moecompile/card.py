@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .plans import MoEPlan
@@ -43,7 +43,9 @@ def model_card(record: Mapping[str, Any], plan: MoEPlan) -> str:
         ("router", plan.router),
     ]
     if "parity_max_abs_error" in record:
-        rows.append(("all experts on, before compensation: max abs error of the logits", f"{record['parity_max_abs_error']:.2e}"))
+        rows.append(
+            ("all experts on, before compensation: max abs error of the logits", f"{record['parity_max_abs_error']:.2e}")
+        )
     calibration = record.get("calibration")
     if calibration:
         files = ", ".join(calibration.get("files", ()))
@@ -55,7 +57,9 @@ def model_card(record: Mapping[str, Any], plan: MoEPlan) -> str:
             (
                 str(e.get("name", "")),
                 str(e.get("corpus", "")),
-                f"{e.get('windows', '')} x {e.get('window', '')}" if e.get("task") == "perplexity" else f"{e.get('examples', '')} passages",
+                f"{e.get('windows', '')} x {e.get('window', '')}"
+                if e.get("task") == "perplexity"
+                else f"{e.get('examples', '')} passages",
                 f"{e.get('active_fraction', 1.0):.0%}",
                 f"perplexity {e['perplexity']:.2f}" if "perplexity" in e else f"accuracy {e.get('accuracy', 0.0):.3f}",
             )
@@ -68,8 +72,8 @@ def model_card(record: Mapping[str, Any], plan: MoEPlan) -> str:
     return text
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    def line(cells: tuple[str, ...]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
 
     return line(head) + "|" + "---|" * len(head) + "\n" + "".join(line(row) for row in rows)

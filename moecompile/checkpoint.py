@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Hashable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -106,7 +106,7 @@ class MoEModelMixin:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _moe_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The dense class with :class:`MoEModelMixin` on top, under the dense class's name."""
     return type(base.__name__, (MoEModelMixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
@@ -117,7 +117,8 @@ def adopt(model: nn.Module, plan: MoEPlan, record: Mapping[str, Any] | None = No
     model.moecompile_plan = plan.without_tensors()  # type: ignore[assignment]
     model.moecompile_record = dict(record or {})  # type: ignore[assignment]
     if isinstance(model, PreTrainedModel) and not isinstance(model, MoEModelMixin):
-        model.__class__ = _moe_class(type(model))
+        # cast: mypy takes the instances' __hash__ for that of the class
+        model.__class__ = _moe_class(cast(Hashable, type(model)))
     return model
 
 
@@ -210,7 +211,7 @@ def _config_of(model: nn.Module, plan: MoEPlan) -> dict[str, Any]:
 
 def without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in which tied tensors stand once, under the first of their names."""
-    seen: set[tuple[int, int, torch.Size, tuple[int, ...]]] = set()
+    seen: set[tuple[int, int | torch.SymInt, torch.Size, tuple[int, ...]]] = set()
     kept: dict[str, Tensor] = {}
     for name, tensor in state.items():
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -234,7 +235,7 @@ def load(
     *,
     model: nn.Module | None = None,
     dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | int | None = None,
 ) -> nn.Module:
     """A converted model, in eval mode, bit for bit as it was saved.
 
@@ -255,7 +256,9 @@ def load(
         raise InputError(f"dtype is {dtype!r}; it must be a floating-point type of torch, or its name")
     config = check_folder(folder)
     if config.get("model_type") != MODEL_TYPE:
-        raise InputError(f"{folder} is not a converted model (its model_type is {config.get('model_type')!r}); convert it first")
+        raise InputError(
+            f"{folder} is not a converted model (its model_type is {config.get('model_type')!r}); convert it first"
+        )
     plan = MoEPlan.from_dict(read_json(folder / PLAN))
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     target = model if model is not None else _empty_model(folder, config)
@@ -278,7 +281,9 @@ def _empty_model(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     name = str(names[0]) if isinstance(names, list) and names else ""
     architecture = getattr(transformers, name, None)
     if not base or not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
-        raise InputError(f"{folder} holds a {name or 'module'}, which transformers does not have: give load(..., model=) the dense module")
+        raise InputError(
+            f"{folder} holds a {name or 'module'}, which transformers does not have: give load(..., model=) the dense module"
+        )
     try:
         settings = dict(base)
         dense_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -321,8 +326,9 @@ def _fill(model: nn.Module, folder: Path) -> None:
                 stored[source] = nn.Parameter(stored[source], requires_grad=parameters[source].requires_grad)
             stored[name] = stored[source]
     model.load_state_dict(stored, strict=False, assign=True)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie_weights: Any = getattr(model, "tie_weights", None)  # of transformers models
+    if tie_weights is not None:
+        tie_weights()
 
 
 class _Loader(PreTrainedModel):
@@ -395,4 +401,14 @@ def describe(model: nn.Module) -> str:
     return f"{type(model).__name__}, {len(blocks)} MoE blocks, first: {first.experts} experts, top_k {blocks[0].top_k}"
 
 
-__all__ = ["MoECompileConfig", "MoECompileError", "adopt", "is_converted", "load", "record_of", "register", "save", "update_record"]
+__all__ = [
+    "MoECompileConfig",
+    "MoECompileError",
+    "adopt",
+    "is_converted",
+    "load",
+    "record_of",
+    "register",
+    "save",
+    "update_record",
+]

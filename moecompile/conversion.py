@@ -42,8 +42,8 @@ class Conversion:
         matched: what was found in the dense model.
         parity_max_abs_error: largest difference of outputs, all experts on, before any compensation.
         parity_tolerance: how large it was allowed to be.
-        routing_error: largest relative difference, over the layers, of the chosen experts' output from that of the same neurons in
-            the dense FFN.
+        routing_error: largest relative difference, over the layers, of the chosen experts' output from that of the same
+            neurons in the dense FFN.
         layers: per FFN, on tokens that the recipe did not see (where some were held out): ``site``, relative errors ``all``,
             ``top_k`` and ``uncompensated``, and ``usage`` of the experts.
         costs: parameters, FLOPs and bytes beside the dense model's.
@@ -225,7 +225,9 @@ def convert_with_record(
     routing_error = check_routing(layers, next(p.dtype for p in module.parameters() if p.is_floating_point()))
     clock.mark("measure")
     blocks = list(moe_blocks(module).values())
-    return Conversion(module, the_plan, matched, error, allowed, routing_error, layers, moe_costs(module, blocks, costs), clock.seconds)
+    return Conversion(
+        module, the_plan, matched, error, allowed, routing_error, layers, moe_costs(module, blocks, costs), clock.seconds
+    )
 
 
 def _measure(
@@ -267,7 +269,9 @@ def _matched_by(the_plan: MoEPlan, matched: Matched) -> Matched:
     for planned in the_plan.sites:
         m = found.get(planned.site.name)
         if m is None or m.site != planned.site:
-            raise PlanError(f"the plan's site {planned.site.name} is not in this model, or differs: plan and model do not belong together")
+            raise PlanError(
+                f"the plan's site {planned.site.name} is not in this model, or differs: plan and model do not belong together"
+            )
         chosen.append(m)
     return Matched(tuple(chosen), matched.skipped)
 

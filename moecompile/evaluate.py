@@ -56,7 +56,11 @@ def perplexity(model: nn.Module, rows: Tensor, *, dense_prefix: int = 0, progres
     with evaluating(model):
         for row in (progress or Progress()).over(rows, "perplexity", len(rows)):
             ids = row.unsqueeze(0).to(device)
-            logits = _logits_after_prefix(model, ids, dense_prefix) if dense_prefix else _logits(model, input_ids=ids, use_cache=False)
+            logits = (
+                _logits_after_prefix(model, ids, dense_prefix)
+                if dense_prefix
+                else _logits(model, input_ids=ids, use_cache=False)
+            )
             first = ids.shape[1] - logits.shape[1]
             targets = ids[0, first + 1 :]
             total += float(nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum"))

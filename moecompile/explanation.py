@@ -46,7 +46,16 @@ class Explanation:
         for s in self.sites:
             live = "yes" if s.placement else "graph only"
             rows.append(
-                (s.name, s.kind, s.activation, str(s.hidden_size), str(s.intermediate_size), "yes" if s.bias else "no", s.layout, live)
+                (
+                    s.name,
+                    s.kind,
+                    s.activation,
+                    str(s.hidden_size),
+                    str(s.intermediate_size),
+                    "yes" if s.bias else "no",
+                    s.layout,
+                    live,
+                )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -42,7 +42,8 @@ def generate(
     Raises:
         InputError: the model does not generate, or an option makes no sense.
     """
-    if not callable(getattr(model, "generate", None)):
+    own_generate: Any = getattr(model, "generate", None)
+    if not callable(own_generate):
         raise InputError(f"{type(model).__name__} does not generate text")
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
@@ -51,7 +52,9 @@ def generate(
     if chat:
         if getattr(tokenizer, "chat_template", None) is None:
             raise InputError("the tokenizer has no chat template; leave --chat away")
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
     device = next(model.parameters()).device
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(device)
     if inputs["input_ids"].shape[1] == 0:
@@ -63,7 +66,7 @@ def generate(
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start = time.perf_counter()
-    output = model.generate(
+    output = own_generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,

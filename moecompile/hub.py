@@ -148,7 +148,8 @@ def _load_folder(name: str, data: dict[str, Any] | None, dtype: torch.dtype | st
     try:
         config = AutoConfig.from_pretrained(name, **options)
         architecture = (getattr(config, "architectures", None) or [""])[0]
-        loader = getattr(transformers, architecture, None) or AutoModelForCausalLM
+        # Any: with output_loading_info, from_pretrained returns a pair, which its types do not say
+        loader: Any = getattr(transformers, architecture, None) or AutoModelForCausalLM
         loaded, info = loader.from_pretrained(
             name,
             config=config,
@@ -186,7 +187,9 @@ def _load_gguf(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
                 str(path.parent), gguf_file=path.name, dtype=dtype, local_files_only=True
             )
     except ImportError as error:
-        raise InputError(f"reading {path.name} needs more packages: pip install 'moecompile[gguf]' ({first_line(error)})") from error
+        raise InputError(
+            f"reading {path.name} needs more packages: pip install 'moecompile[gguf]' ({first_line(error)})"
+        ) from error
     except Exception as error:  # the reader raises whatever a malformed file makes it meet
         raise InputError(f"{path} cannot be read as GGUF: {first_line(error)}") from error
     config = read.config

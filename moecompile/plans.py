@@ -75,7 +75,9 @@ class SitePlan:
         if self.router != "none" and self.router not in ROUTERS:
             raise PlanError(f"site {name}: there is no router '{self.router}'; there are: none, {', '.join(ROUTERS)}")
         if self.router == "none" and 0 < self.top_k < len(self.experts):
-            raise PlanError(f"site {name}: {self.top_k} of {len(self.experts)} experts are to be chosen, but there is no router")
+            raise PlanError(
+                f"site {name}: {self.top_k} of {len(self.experts)} experts are to be chosen, but there is no router"
+            )
 
     @property
     def expert_width(self) -> int:

@@ -147,11 +147,11 @@ def _segments(
     behind: list[list[fx.Node]] = [[] for _ in matches]
     kept: set[fx.Node] = set()
     for number, match in enumerate(matches):  # what an FFN reads must outlive its segment
-        for node in (match.x, match.residual):
-            if node is not None:
-                kept.add(node)
-                if node not in last_user or order[last_user[node]] <= order[match.out]:
-                    behind[number].append(node)
+        for read in (match.x, match.residual):
+            if read is not None:
+                kept.add(read)
+                if read not in last_user or order[last_user[read]] <= order[match.out]:
+                    behind[number].append(read)
     within: dict[fx.Node, list[fx.Node]] = {}
     for node, user in last_user.items():
         if node not in kept or not any(node in values for values in behind):

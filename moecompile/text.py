@@ -84,7 +84,7 @@ def evaluation_windows(tokenizer: Any, paths: Iterable[str | Path], length: int,
         raise InputError(f"--window is {length}; a window needs at least 2 tokens")
     if most is not None and most < 1:
         raise InputError(f"--max-windows is {most}; it must be at least 1")
-    parts = []
+    parts: list[Tensor] = []
     for path in paths:
         ids = token_ids(tokenizer, read_text(path))
         left = None if most is None else most - sum(len(part) for part in parts)
@@ -111,7 +111,9 @@ def calibration_windows(tokenizer: Any, paths: Sequence[str | Path], tokens: int
     for path, share in zip(paths, shares, strict=True):
         whole = windows(token_ids(tokenizer, read_text(path)), length)
         if len(whole) == 0:
-            raise InputError(f"the calibration text {path} is shorter than one window of {length} tokens (--calibration-window)")
+            raise InputError(
+                f"the calibration text {path} is shorter than one window of {length} tokens (--calibration-window)"
+            )
         chosen = torch.randperm(len(whole), generator=generator)[:share].sort().values
         parts.append(whole[chosen])
     rows = torch.cat(parts)

@@ -38,7 +38,8 @@ class VerifyReport:
         return self.parity_max_abs_error <= self.tolerance
 
     def __str__(self) -> str:
-        lines = [f"all experts on: max abs error {self.parity_max_abs_error:.2e} ({'exact' if self.exact else 'NOT the dense model'})"]
+        verdict = "exact" if self.exact else "NOT the dense model"
+        lines = [f"all experts on: max abs error {self.parity_max_abs_error:.2e} ({verdict})"]
         lines += [f"  {row['site']}: all on {row['all']:.2e}, at top_k {row['top_k']:.3f}" for row in self.layers]
         return "\n".join(lines)
 

@@ -42,7 +42,9 @@ class SplitFFN:
             target = block_path(match, number)
             with result.graph.inserting_before(out):
                 call = result.graph.create_node("call_module", target, (x,))
-            call.meta = {key: out.meta[key] for key in ("val", "tensor_meta", "nn_module_stack", "stack_trace") if key in out.meta}
+            call.meta = {
+                key: out.meta[key] for key in ("val", "tensor_meta", "nn_module_stack", "stack_trace") if key in out.meta
+            }
             call.meta["moecompile_site"] = match.site.name
             out.replace_all_uses_with(call)
             _erase(result.graph, out, {node.name for node in match.region})

@@ -13,7 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
-WORDS = "the a router sends every token to some of its experts and never looks back at what it lost on the way".split()
+SENTENCE = "the a router sends every token to some of its experts and never looks back at what it lost on the way"
+WORDS = SENTENCE.split()
 
 
 def corpus(words: int, seed: int) -> str:
@@ -40,7 +41,9 @@ def tokenizer():  # type: ignore[no-untyped-def]
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{word: index + 3 for index, word in enumerate(dict.fromkeys(WORDS))}}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,19 @@ def test_is_linear() -> None:
 
 @pytest.mark.parametrize(
     "expression",
-    ["__import__('os')", "x.real", "open(x)", "lambda: 1", "x if x else x", "relu(y)", "'x'", "relu(x", "relu(x=x)", "[x]", "True"],
+    [
+        "__import__('os')",
+        "x.real",
+        "open(x)",
+        "lambda: 1",
+        "x if x else x",
+        "relu(y)",
+        "'x'",
+        "relu(x",
+        "relu(x=x)",
+        "[x]",
+        "True",
+    ],
 )
 def test_nothing_but_arithmetic_is_evaluated(expression: str) -> None:
     with pytest.raises(PlanError):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from families import BY_NAME, FAMILIES, Family, batch_of
+from moecompile.passes import PassError, PassResult, SplitFFN, run_passes
 
 import moecompile
 from moecompile.capture import capture
 from moecompile.conversion import find_ffns
 from moecompile.errors import MatchError, MoECompileError, PlanError
-from moecompile.passes import PassError, PassResult, SplitFFN, run_passes
 from moecompile.parity import outputs_of
 from moecompile.recipes import Calibrated, Contiguous, Static
 
@@ -108,7 +108,13 @@ def test_autocast() -> None:
 def test_generates_with_the_cache_as_without(family: Family) -> None:
     moe = converted(family)
     prompt = batch_of(family, tokens=5, rows=2)["input_ids"]
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt), "eos_token_id": None}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(prompt),
+        "eos_token_id": None,
+    }
     assert torch.equal(moe.generate(prompt, **options), moe.generate(prompt, use_cache=False, **options))
 
 

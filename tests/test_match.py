@@ -20,7 +20,12 @@ def test_family(family: Family) -> None:
     explanation = explain(family.build())
     assert len(explanation.sites) == family.ffns
     for site in explanation.sites:
-        assert (site.kind, site.activation, site.layout, site.bias) == (family.kind, family.activation, family.layout, family.bias)
+        assert (site.kind, site.activation, site.layout, site.bias) == (
+            family.kind,
+            family.activation,
+            family.layout,
+            family.bias,
+        )
         assert (site.hidden_size, site.intermediate_size) == (32, family.width)
         assert site.placement is not None, site.refusal
     assert len({site.name for site in explanation.sites}) == family.ffns

@@ -90,7 +90,9 @@ def test_gradients(gated: bool, bias: bool, tokens: int) -> None:
 
 def test_only_wanted_gradients_are_computed() -> None:
     x, ids, weights, up, down, _, _ = case(5, 4, 2, 3, 2, True, False)
-    grads = expert_ffn_backward(x, x, ids, weights, up, down, None, None, "silu", True, [True, False, False, True, False, False])
+    grads = expert_ffn_backward(
+        x, x, ids, weights, up, down, None, None, "silu", True, [True, False, False, True, False, False]
+    )
     assert [g.numel() > 0 for g in grads] == [True, False, False, True, False, False]
 
 

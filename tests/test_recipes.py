@@ -189,7 +189,8 @@ def test_stream_reproduces_the_model() -> None:
     captured, matched = moecompile.conversion.find_ffns(dense)
     seen: list[list[Tensor]] = []
     hooks = [
-        dense.get_submodule(m.site.name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())) for m in matched.matches
+        dense.get_submodule(m.site.name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+        for m in matched.matches
     ]
     with torch.no_grad():
         for batch in batches:
@@ -208,7 +209,10 @@ def test_padding_is_left_out_of_the_statistics() -> None:
     family = BY_NAME["llama"]
     dense = family.build()
     short = batch_of(family, tokens=6, rows=3)
-    padded = {"input_ids": torch.cat([short["input_ids"], torch.full((3, 4), 50)], 1), "attention_mask": torch.ones(3, 10, dtype=torch.long)}
+    padded = {
+        "input_ids": torch.cat([short["input_ids"], torch.full((3, 4), 50)], 1),
+        "attention_mask": torch.ones(3, 10, dtype=torch.long),
+    }
     padded["attention_mask"][:, 6:] = 0
     plain = moecompile.plan(dense, Static(0.5, "means"), [short])
     masked = moecompile.plan(dense, Static(0.5, "means"), [padded], example_inputs=padded)
@@ -243,7 +247,9 @@ def test_recipes_that_look_at_data_want_some() -> None:
 
 def test_calibration_with_other_inputs_is_refused() -> None:
     with pytest.raises(InputError, match="does not have the inputs"):
-        moecompile.plan(BY_NAME["llama"].build(), Static(), [{"tokens": torch.zeros(2, 3)}], example_inputs=batch_of(BY_NAME["llama"]))
+        moecompile.plan(
+            BY_NAME["llama"].build(), Static(), [{"tokens": torch.zeros(2, 3)}], example_inputs=batch_of(BY_NAME["llama"])
+        )
 
 
 def test_filter_fn_leaves_layers_dense() -> None:

@@ -279,10 +279,7 @@ def test_comparisons_join(record: dict[str, Any]) -> None:
     other = record | {"experts": 36, "evaluations": [measured("dense", 29.25, 1.0), measured("calibrated", 39.0)]}
     stranger = record | {"source": "Other-1B", "evaluations": [measured("calibrated", 11.0)]}
     page = read(render(record, comparisons=[other, stranger, record, measured("flap", 87.75)]))
-    rows = {
-        row[0]: row
-        for row in page.table("Perplexity on wiki.raw, 8\u00a0\u00d7\u00a01,024 tokens \u00b7 Small-135M")[1:]
-    }
+    rows = {row[0]: row for row in page.table("Perplexity on wiki.raw, 8\u00a0\u00d7\u00a01,024 tokens \u00b7 Small-135M")[1:]}
     assert list(rows) == [
         "dense",
         "calibrated",
@@ -344,9 +341,7 @@ def test_nothing_is_loaded(record: dict[str, Any]) -> None:
     assert "default-src 'none'" in page.source and "<link" not in page.source
 
 
-@pytest.mark.parametrize(
-    "missing", ["evaluations", "usage", "reconstruction", "costs", "sites", "calibration", "seconds"]
-)
+@pytest.mark.parametrize("missing", ["evaluations", "usage", "reconstruction", "costs", "sites", "calibration", "seconds"])
 def test_a_missing_part_is_one_sentence(record: dict[str, Any], missing: str) -> None:
     empty: tuple[Any, ...] = (None, [], {})
     for value in empty:

@@ -98,7 +98,11 @@ def seed(text: str) -> int:
 def command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     """A subcommand with what all of them share."""
     sub: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
     sub.add_argument("--seed", type=seed, default=0, metavar="N", help="of every random choice (default: 0)")

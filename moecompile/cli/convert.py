@@ -41,12 +41,25 @@ def add(commands: Any) -> None:
     sub.add_argument("--shared", type=int, metavar="S", help="slices that are always on")
     sub.add_argument("--top-k", type=int, metavar="K", help="experts chosen per token; active fraction = (S + K) / (N + S)")
     sub.add_argument("--active-fraction", type=float, metavar="A", help="recipes static and flap: share of neurons that stay")
-    sub.add_argument("--compensation", choices=("none", "means", "refit"), help="recipe static: for the idle neurons (default: none)")
+    sub.add_argument(
+        "--compensation", choices=("none", "means", "refit"), help="recipe static: for the idle neurons (default: none)"
+    )
     add_texts(sub, "--calibration", "UTF-8 text or .jsonl with a 'text' field, for recipes that look at data")
-    sub.add_argument("--calibration-tokens", type=int, default=16384, metavar="T", help="tokens in all, shared equally among the files (default: 16384)")
+    sub.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=16384,
+        metavar="T",
+        help="tokens in all, shared equally among the files (default: 16384)",
+    )
     sub.add_argument("--calibration-window", type=int, default=512, metavar="L", help="tokens per window (default: 512)")
     sub.add_argument("--keep-exact", action="store_true", help="keep the dense down projection beside a refitted one")
-    sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the saved weights (default: the source's)")
+    sub.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the saved weights (default: the source's)",
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     sub.set_defaults(run=run)
 
@@ -94,7 +107,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     progress.say(f"loading {options.model}")
     model = load_dense(options.model, trust_remote_code=options.trust_remote_code)
     stored = stored_dtype(options.model, trust_remote_code=options.trust_remote_code)
-    model = model.to(device_of(options))
+    model = model.to(device_of(options))  # type: ignore[arg-type]
     batches = held = None
     if windows is not None:
         check_positions(model, windows.shape[1], "--calibration-window")
@@ -166,7 +179,7 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
     return {
         "format": 1,
         "moecompile_version": __version__,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "source": model_name(options.model),
         "recipe": plan.recipe,
@@ -217,7 +230,8 @@ def _summary(record: dict[str, Any], out: Path) -> str:
     mean = sum(errors) / len(errors) if errors else 0.0
     return (
         f"{out}: {record['recipe']}, {len(record['sites'])} FFNs, {record['active_fraction']:.0%} of their neurons active\n"
-        f"all experts on, before compensation: max abs error {record['parity_max_abs_error']:.2e} (allowed {record['parity_tolerance']:.0e})\n"
+        f"all experts on, before compensation: max abs error {record['parity_max_abs_error']:.2e} "
+        f"(allowed {record['parity_tolerance']:.0e})\n"
         f"chosen experts against the same dense neurons: relative error {record['routing_relative_error']:.1e}\n"
         f"relative error per layer at top_k: mean {mean:.3f}\n"
         f"{record['seconds']['total']:.0f} s, peak memory {record['peak_rss_bytes'] / 2**30:.2f} GiB"

@@ -18,17 +18,26 @@ from .common import add_texts, checkpoint, load_any, progress_of, tokenizer_of
 def add(commands: Any) -> None:
     """The subcommand's options."""
     sub = command(
-        commands, "eval", "Measure perplexity or LAMBADA accuracy.", "moecompile eval ./moe --text wiki.test.raw --max-windows 16"
+        commands,
+        "eval",
+        "Measure perplexity or LAMBADA accuracy.",
+        "moecompile eval ./moe --text wiki.test.raw --max-windows 16",
     )
     sub.add_argument("model", metavar="MODEL", help="a converted folder, a Hugging Face folder or id, or a .gguf file")
     add_texts(sub, "--text", "UTF-8 text or .jsonl with a 'text' field", required=True)
-    sub.add_argument("--task", choices=("perplexity", "lambada"), default="perplexity", help="what to measure (default: perplexity)")
+    sub.add_argument(
+        "--task", choices=("perplexity", "lambada"), default="perplexity", help="what to measure (default: perplexity)"
+    )
     sub.add_argument("--window", type=int, default=1024, metavar="L", help="tokens per window (default: 1024)")
     sub.add_argument("--max-windows", type=int, metavar="M", help="take only the first M windows (default: all)")
     sub.add_argument("--max-examples", type=int, metavar="M", help="lambada: only the first M passages (default: all)")
     sub.add_argument("--top-k", type=int, metavar="K", help="experts chosen per token (default: as converted)")
     sub.add_argument(
-        "--dense-prefix", type=int, default=0, metavar="P", help="process the first P tokens of a window with all experts, score the rest"
+        "--dense-prefix",
+        type=int,
+        default=0,
+        metavar="P",
+        help="process the first P tokens of a window with all experts, score the rest",
     )
     sub.add_argument("--no-record", action="store_true", help="do not add the figure to the converted folder's record")
     sub.set_defaults(run=run)
@@ -69,8 +78,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if converted and not options.no_record:
         _record(options, result)
     figure = f"accuracy {result['accuracy']:.4f}" if options.task == "lambada" else f"perplexity {result['perplexity']:.3f}"
-    amount = f"{result['examples']} passages" if options.task == "lambada" else f"{result['windows']} windows of {result['window']}"
-    text = f"{figure}  ({result['corpus']}, {amount}, {result['active_fraction']:.0%} of FFN neurons active, {result['seconds']:.1f} s)"
+    amount = (
+        f"{result['examples']} passages" if options.task == "lambada" else f"{result['windows']} windows of {result['window']}"
+    )
+    active = f"{result['active_fraction']:.0%} of FFN neurons active"
+    text = f"{figure}  ({result['corpus']}, {amount}, {active}, {result['seconds']:.1f} s)"
     return {"json": result, "text": text}
 
 

@@ -14,7 +14,10 @@ from .common import load_any, tokenizer_of
 def add(commands: Any) -> None:
     """The subcommand's options."""
     sub = command(
-        commands, "generate", "Continue a prompt.", 'moecompile generate ./moe --prompt "The capital of France is" --max-new-tokens 32'
+        commands,
+        "generate",
+        "Continue a prompt.",
+        'moecompile generate ./moe --prompt "The capital of France is" --max-new-tokens 32',
     )
     sub.add_argument("model", metavar="MODEL", help="a converted folder, a Hugging Face folder or id, or a .gguf file")
     sub.add_argument("--prompt", required=True, metavar="P", help="the text to continue")

@@ -16,10 +16,20 @@ from .common import checkpoint
 
 def add(commands: Any) -> None:
     """The subcommand's options."""
-    sub = command(commands, "report", "Write one HTML page of everything known about a converted model.", "moecompile report ./moe --compare ./static dense.json")
+    sub = command(
+        commands,
+        "report",
+        "Write one HTML page of everything known about a converted model.",
+        "moecompile report ./moe --compare ./static dense.json",
+    )
     sub.add_argument("out", metavar="OUT", type=Path, help="a converted folder")
     sub.add_argument(
-        "--compare", nargs="+", type=Path, default=[], metavar="PATH", help="other converted folders, or files of eval --json, to show beside"
+        "--compare",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="other converted folders, or files of eval --json, to show beside",
     )
     sub.add_argument("--output", type=Path, metavar="FILE", help="where to write the page (default: OUT/report.html)")
     sub.add_argument("--open", action="store_true", help="show it in the browser")

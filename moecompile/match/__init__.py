@@ -188,7 +188,8 @@ def _read_site(captured: Captured, modules: ModuleMap, uses: dict[int, list[fx.N
     forms = _reshaped_forms(x, projections)
     placed = place(modules, gate is not None, {x, *forms}, before, own | _views_of(down, before), down.node)
     site = FFNSite(
-        name=common_module([N.module_paths(node) for node in (down.node, *(p.linear.node for p in projections))]) or down.node.name,
+        name=common_module([N.module_paths(node) for node in (down.node, *(p.linear.node for p in projections))])
+        or down.node.name,
         kind="plain" if gate is None else "gated",
         activation=activation,
         hidden_size=hidden,

@@ -193,10 +193,10 @@ class Walk:
             return Call("elu", (self.read(node.args[0]), alpha, 1.0, 1.0 / alpha))
         if target is aten.glu.default:
             source = N.strip(node.args[0], self.region)  # type: ignore[arg-type]
-            linear, value, width = N.as_linear(source), N.value_of(source), N.last_size(source)
-            if linear is None or value is None or width is None or width % 2:
+            linear, output, width = N.as_linear(source), N.value_of(source), N.last_size(source)
+            if linear is None or output is None or width is None or width % 2:
                 raise Blocked(node, "the input of the GLU is not a projection of even width")
-            if N.argument(node, 1, "dim", -1) not in (-1, value.dim() - 1):
+            if N.argument(node, 1, "dim", -1) not in (-1, output.dim() - 1):
                 raise Blocked(node, "the GLU does not split features")
             half = width // 2
             first, second = self._leaf(linear, (0, half, 1)), self._leaf(linear, (half, width, 1))

@@ -189,11 +189,10 @@ def as_linear(node: Any) -> LinearNode | None:
         for product, bias in (node.args[:2], node.args[1::-1]):
             if isinstance(bias, fx.Node) and bias.op == "get_attr" and isinstance(product, fx.Node):
                 value, linear = value_of(bias), as_linear(product)
-                if linear is not None and linear.bias is None and value is not None and value.dim() == 1:
-                    if value.shape[0] == last_size(product):
-                        return LinearNode(
-                            node, linear.x, linear.weight, bias, linear.transposed, (*linear.inner, linear.node)
-                        )
+                if linear is None or linear.bias is not None or value is None or value.dim() != 1:
+                    continue
+                if value.shape[0] == last_size(product):
+                    return LinearNode(node, linear.x, linear.weight, bias, linear.transposed, (*linear.inner, linear.node))
     return None
 
 

@@ -35,7 +35,8 @@ class ModuleMap:
         return {
             node
             for node in self.inside[path]
-            if node.target not in N.ASSERTS and (N.value_of(node) is not None or isinstance(node.meta.get("val"), (list, tuple)))
+            if node.target not in N.ASSERTS
+            and (N.value_of(node) is not None or isinstance(node.meta.get("val"), (list, tuple)))
         }
 
 
@@ -58,9 +59,7 @@ def _outer_inputs(inside: set[fx.Node]) -> set[fx.Node]:
     }
 
 
-def place(
-    modules: ModuleMap, gated: bool, x: set[fx.Node], before: set[fx.Node], down: set[fx.Node], out: fx.Node
-) -> Placed:
+def place(modules: ModuleMap, gated: bool, x: set[fx.Node], before: set[fx.Node], down: set[fx.Node], out: fx.Node) -> Placed:
     """Find the placement of one FFN.
 
     Args:
@@ -77,7 +76,9 @@ def place(
     if placed.placement is not None:
         return placed
     if gated:
-        return Placed(None, f"gate and up projection meet in the forward of '{whole}', which does more than the FFN ({placed.refusal})")
+        return Placed(
+            None, f"gate and up projection meet in the forward of '{whole}', which does more than the FFN ({placed.refusal})"
+        )
     return _leaves(modules, before, down)
 
 

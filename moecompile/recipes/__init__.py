@@ -9,4 +9,4 @@ from .pruned import Flap, Static
 
 RECIPES: dict[str, type[Recipe]] = {"calibrated": Calibrated, "contiguous": Contiguous, "static": Static, "flap": Flap}
 
-__all__ = ["RECIPES", "Calibrated", "Contiguous", "Context", "Flap", "Recipe", "Static", "make_plan", "planner"]
+__all__ = ["RECIPES", "Calibrated", "Context", "Contiguous", "Flap", "Recipe", "Static", "make_plan", "planner"]

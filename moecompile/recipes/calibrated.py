@@ -14,7 +14,7 @@ The last step lets each layer repair part of what the layers before it broke. do
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,7 +80,9 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
             del drift
         planned, fitted, error = _plan_site(recipe, ffn, x, y, target, generator)
         if error > 1.0:
-            context.progress.say(f"{match.site.name}: the relative error is {error:.2f}; the calibration text may not suit the model")
+            context.progress.say(
+                f"{match.site.name}: the relative error is {error:.2f}; the calibration text may not suit the model"
+            )
         sites.append(planned)
         tensors.update({f"{match.site.name}/{name}": value.cpu() for name, value in fitted.items()})
         block = _forward(ffn, planned, fitted)
@@ -116,9 +118,9 @@ def _plan_site(
     count = sum(sizes[: recipe.shared])
     shared = choose_shared(hidden[some], down, count, weights[some]) if count else torch.zeros(0, dtype=torch.long)
     experts = group_neurons(x[some], hidden[some], down, shared, sizes[recipe.shared :], weights[some], generator)
-    planned = {"site": site, "shared": tuple(shared.tolist()), "experts": tuple(tuple(e) for e in experts), "top_k": recipe.top_k}
+    planned = SitePlan(site, tuple(shared.tolist()), tuple(tuple(e) for e in experts), recipe.top_k)
     if recipe.top_k == recipe.experts:
-        return SitePlan(**planned), {}, 0.0
+        return planned, {}, 0.0
     fitted: dict[str, Tensor] = {}
     chosen = torch.zeros(len(x), recipe.experts, dtype=torch.bool, device=x.device)
     if recipe.top_k:
@@ -130,7 +132,7 @@ def _plan_site(
     error = _relative_error(hidden, mask, fitted, bias, y, weights)
     router = "linear" if recipe.top_k else "none"
     metrics = {"calibration_error": round(error, 6)}
-    return SitePlan(**planned, router=router, fitted=tuple(fitted), metrics=metrics), fitted, error
+    return replace(planned, router=router, fitted=tuple(fitted), metrics=metrics), fitted, error
 
 
 def _neuron_mask(chosen: Tensor, shared: Tensor, experts: list[list[int]], width: int) -> Mask:

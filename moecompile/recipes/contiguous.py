@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -50,7 +51,7 @@ def plan_contiguous(recipe: Contiguous, context: Context) -> MoEPlan:
         site = match.site
         sizes = slice_sizes(site.intermediate_size, recipe.experts + recipe.shared, site.name)
         bounds = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        slices = [tuple(range(start, stop)) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        slices = [tuple(range(start, stop)) for start, stop in pairwise(bounds)]
         shared = tuple(n for part in slices[: recipe.shared] for n in part)
         experts = tuple(slices[recipe.shared :])
         fitted: tuple[str, ...] = ()

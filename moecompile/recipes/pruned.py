@@ -17,7 +17,6 @@ from ..stream import Stream
 from .base import Context, Recipe, check_fraction, planner
 from .refit import refit_down
 
-
 _CHUNK = 4096
 
 
@@ -43,8 +42,8 @@ class Static(Recipe):
 
 @dataclass(frozen=True)
 class Flap(Recipe):
-    """FLAP for FFNs (An et al. 2024, arXiv 2312.11983): score Var[h_j] |w_j|^2, standardised within each layer, one ranking over
-    all layers; the pruned neurons' mean output becomes a bias.
+    """FLAP for FFNs (An et al. 2024, arXiv 2312.11983): score Var[h_j] |w_j|^2, standardised within each layer, one ranking
+    over all layers; the pruned neurons' mean output becomes a bias.
 
     Attributes:
         active_fraction: share of neurons that stay, over all layers together.

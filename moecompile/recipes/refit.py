@@ -2,10 +2,10 @@
 
     min over W', b'   sum_t w_t | y_t - b - W mu - b' - W' (m_t * (h_t - mu)) |^2  +  ridge * sum_j E_jj |W'_j - W_j|^2
 
-with h the hidden activations, m the mask of active neurons, mu_j the mean of h_j over the tokens on which neuron j is idle (0 for
-neurons that never are), E_jj the second moment of feature j. The prior is the dense down projection with the idle neurons' means
-as constants. A mask of ones and y = W h + b give W' = W and b' = 0; a sparse mask moves what the idle neurons carried onto the
-active ones.
+with h the hidden activations, m the mask of active neurons, mu_j the mean of h_j over the tokens on which neuron j is idle
+(0 for neurons that never are), E_jj the second moment of feature j. The prior is the dense down projection with the idle
+neurons' means as constants. A mask of ones and y = W h + b give W' = W and b' = 0; a sparse mask moves what the idle neurons
+carried onto the active ones.
 """
 
 from __future__ import annotations

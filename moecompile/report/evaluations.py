@@ -148,9 +148,14 @@ def _of_record(record: Mapping[str, Any], owner: int, source: str) -> list[Evalu
 
 def _variant(record: Mapping[str, Any], name: str) -> str:
     """The name of a compared folder's series: two folders of one recipe are two series."""
-    parts = [f"{plain(record[key])} {key}" for key in ("experts", "shared") if record.get(key)]
+    parts: list[str] = []
     if str(record.get("router") or "none") != "none":
+        parts = [f"{plain(record[key])} {key}" for key in ("experts", "shared") if record.get(key)]
         parts.append(f"{record['router']} router")
+    settings = record.get("recipe_config")
+    compensation = settings.get("compensation") if isinstance(settings, Mapping) else None
+    if compensation not in (None, "none"):
+        parts.append(plain(compensation))
     return f"{name} ({', '.join(parts)})" if parts else name
 
 

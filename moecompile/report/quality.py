@@ -117,9 +117,7 @@ def usage(record: Mapping[str, Any]) -> Section:
         dead = plain(sum(value <= DEAD for value in known))
         spread = entropy(values)
         heat.append(charts.HeatRow(label, name, values, (spread, dead)))
-        least, most = (
-            (text.percent(min(known), 2), text.percent(max(known), 2)) if known else (text.MISSING, text.MISSING)
-        )
+        least, most = (text.percent(min(known), 2), text.percent(max(known), 2)) if known else (text.MISSING, text.MISSING)
         rows.append((name, plain(len(values)), text.percent(level), least, most, spread, dead))
     uniform = levels.pop() if len(levels) == 1 else None
     where = f"row n: {pattern}" if pattern else "rows: sites"
