@@ -83,13 +83,15 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def normalise_inputs(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as (args, kwargs): a mapping is keyword arguments, a tuple or list positional, a tensor the only one."""
+    """Example inputs as (args, kwargs): a mapping is keyword arguments, a tuple or list positional, a tensor the only one
+    (a transformers model's main input)."""
     if inputs is None:
         return (), example_inputs(model)
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, Tensor):
-        return (inputs,), {}
+        name = getattr(model, "main_input_name", None) if hasattr(model, "config") else None
+        return ((inputs,), {}) if name is None else ((), {name: inputs})
     if isinstance(inputs, Sequence):
         return tuple(inputs), {}
     raise CaptureError(f"example inputs must be a tensor, a tuple or a dict, not {type(inputs).__name__}")

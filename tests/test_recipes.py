@@ -258,3 +258,24 @@ def test_filter_fn_leaves_layers_dense() -> None:
     assert list(moecompile.moe_blocks(moe)) == ["model.layers.1.mlp"]
     with pytest.raises(moecompile.MatchError, match="filter_fn leaves no"):
         moecompile.convert(dense, Contiguous(4), filter_fn=lambda module, name: False)
+
+
+def test_batches_may_be_bare_tensors() -> None:
+    family = BY_NAME["llama"]
+    dense, batch = family.build(), batch_of(family, 20, 4)
+    by_name = moecompile.plan(dense, Static(), [batch])
+    bare = moecompile.plan(dense, Static(), [batch["input_ids"]])
+    assert by_name.to_dict() == bare.to_dict()
+    moe = moecompile.convert(dense, bare)
+    assert moecompile.verify(moe, dense, batch["input_ids"]).exact
+
+
+def test_batches_from_a_tokenizer_with_padding(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    dense = BY_NAME["llama"].build()
+    batch = tokenizer(
+        ["the router sends every token", "some of its experts and never looks back"], return_tensors="pt", padding=True
+    )
+    batch.pop("token_type_ids", None)
+    moe = moecompile.convert(dense, Calibrated(4, 2, 2), [batch])
+    assert moecompile.verify(moe, dense, batch).exact is False
+    assert len(moecompile.moe_blocks(moe)) == 2
