@@ -29,6 +29,7 @@ RECIPES: dict[str, list[str]] = {
     "static, idle means": ["--recipe", "static", "--active-fraction", "0.5", "--compensation", "means"],
     "static, refit": ["--recipe", "static", "--active-fraction", "0.5", "--compensation", "refit"],
     "flap": ["--recipe", "flap", "--active-fraction", "0.5"],
+    "flap, plain statistics": ["--recipe", "flap", "--active-fraction", "0.5", "--plain-statistics"],
     "calibrated 25 %": ["--recipe", "calibrated", "--experts", "56", "--shared", "8", "--top-k", "8"],
     "calibrated 50 %": ["--recipe", "calibrated", "--experts", "48", "--shared", "16", "--top-k", "16"],
     "calibrated 75 %": ["--recipe", "calibrated", "--experts", "48", "--shared", "16", "--top-k", "32"],

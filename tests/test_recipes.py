@@ -55,7 +55,7 @@ def test_flap_ranks_over_all_layers() -> None:
     model, batches = nn.Sequential(FFN(), FFN()), data()
     with torch.no_grad():
         model[1].down.weight[:, :3] *= 50  # a few neurons of the second layer outweigh the rest of their layer
-    plan = moecompile.plan(model, Flap(0.5), batches)
+    plan = moecompile.plan(model, Flap(0.5, plain_statistics=True), batches)
     h = hidden_of(model[0], batches)
     score = h.var(0, unbiased=False) * model[0].down.weight.detach().square().sum(0)
     first = plan.sites[0]
@@ -63,6 +63,18 @@ def test_flap_ranks_over_all_layers() -> None:
     assert sum(len(s.shared) for s in plan.sites) == 16 and len(plan.sites[1].shared) < len(first.shared)
     idle = list(first.experts[0])
     torch.testing.assert_close(plan.site_tensors(first.site.name)[MEANS][idle], h.mean(0)[idle])
+
+
+def test_flap_is_not_led_by_a_few_outlier_tokens() -> None:
+    """A neuron that is silent but for a sink token has the largest plain variance; weighted, it is pruned."""
+    torch.manual_seed(0)
+    model, batches = FFN(), data()
+    with torch.no_grad():
+        model.up.weight[5], model.up.bias[5] = torch.tensor([1.0, 0, 0, 0, 0, 0]), -50.0
+    batches[0][0, 0, 0] = 400.0
+    plain = moecompile.plan(model, Flap(0.25, plain_statistics=True), batches).sites[0]
+    weighted = moecompile.plan(model, Flap(0.25), batches).sites[0]
+    assert 5 in plain.shared and 5 not in weighted.shared
 
 
 def test_a_refit_for_a_mask_of_ones_changes_nothing() -> None:

@@ -44,6 +44,9 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--compensation", choices=("none", "means", "refit"), help="recipe static: for the idle neurons (default: none)"
     )
+    sub.add_argument(
+        "--plain-statistics", action="store_const", const=True, help="recipe flap: all tokens alike, as in the paper"
+    )
     add_texts(sub, "--calibration", "UTF-8 text or .jsonl with a 'text' field, for recipes that look at data")
     sub.add_argument(
         "--calibration-tokens",
@@ -75,7 +78,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     names = {field.name for field in fields(kind)}
     given = {
         name: getattr(options, name)
-        for name in ("experts", "shared", "top_k", "active_fraction", "compensation")
+        for name in ("experts", "shared", "top_k", "active_fraction", "compensation", "plain_statistics")
         if getattr(options, name) is not None
     }
     for name in given:

@@ -15,6 +15,7 @@ from ..plans import BIAS, DOWN, MEANS, MoEPlan, SitePlan
 from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, Recipe, check_fraction, planner
+from .neurons import token_weights
 from .refit import refit_down
 
 _CHUNK = 4096
@@ -47,9 +48,12 @@ class Flap(Recipe):
 
     Attributes:
         active_fraction: share of neurons that stay, over all layers together.
+        plain_statistics: take means and variances over tokens as the paper does. By default tokens are weighted as for
+            ``calibrated``, which makes a far stronger control: the plain variances are the attention sinks' alone.
     """
 
     active_fraction: float = 0.5
+    plain_statistics: bool = False
 
     def check(self) -> None:
         """Refuse settings that make no sense."""
@@ -63,11 +67,13 @@ class _Statistics:
     fluctuation: Tensor  # [F], Var[h] |w|^2
 
 
-def _statistics(hidden: Tensor, down: Tensor) -> _Statistics:
-    """Of hidden activations (T, F) and a down projection (D, F), in float32."""
+def _statistics(hidden: Tensor, down: Tensor, weights: Tensor | None = None) -> _Statistics:
+    """Of hidden activations (T, F) and a down projection (D, F), in float32; tokens weighted by (T,) or alike."""
     h = hidden.float()
-    weight = down.float().square().sum(0)
-    return _Statistics(h.mean(0), h.square().mean(0) * weight, h.var(0, unbiased=False) * weight)
+    share = torch.full((len(h),), 1.0 / len(h), device=h.device) if weights is None else weights / weights.sum()
+    scale = down.float().square().sum(0)
+    mean = share @ h
+    return _Statistics(mean, (share @ h.square()) * scale, (share @ (h - mean).square()) * scale)
 
 
 def _site_plan(match_site, keep: Tensor, fitted: tuple[str, ...]) -> SitePlan:  # type: ignore[no-untyped-def]
@@ -123,7 +129,9 @@ def plan_flap(recipe: Flap, context: Context) -> MoEPlan:
     found: list[_Statistics] = []
     for number, (match, inputs) in enumerate(context.progress.over(stream, "FLAP statistics", len(context.matches))):
         dense = DenseFFN.read(match.site, context.captured.module)
-        found.append(_statistics(dense.hidden(stream.tokens(number, inputs)), dense.down))
+        h = dense.hidden(stream.tokens(number, inputs))
+        weights = None if recipe.plain_statistics else token_weights(dense.output(h).float().norm(dim=1))
+        found.append(_statistics(h, dense.down, weights))
         stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
     scores = [(s.fluctuation - s.fluctuation.mean()) / s.fluctuation.std().clamp_min(1e-12) for s in found]
     ranking = torch.cat(scores).cpu()
