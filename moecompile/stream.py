@@ -89,13 +89,22 @@ class Stream:
         assert node is not None and number == self._position
         return self.tokens(number, [state[node] for state in self._states]).float().clone()
 
-    def feed(self, ffn: Callable[[Tensor], Tensor]) -> None:
-        """Compute the present FFN's output for every batch by ``ffn`` (T, D) -> (T, D), and move on."""
-        match = self.matches[self._position]
+    def feed(self, ffn: Callable[[Tensor], Tensor], outputs: Tensor | None = None) -> None:
+        """Give the present FFN's output for every batch, and move on.
+
+        Args:
+            ffn: computes it, (T, D) -> (T, D).
+            outputs: what ``ffn`` would give for :meth:`tokens`, where it is known already; used unless padding was left out.
+        """
+        match, start = self.matches[self._position], 0
+        known = outputs if all(mask is None for mask in self._keep) else None
         for state in self._states:
             x = state[match.x]
+            rows = x.reshape(-1, x.shape[-1])
             with torch.no_grad():
-                state[match.out] = ffn(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+                value = ffn(rows) if known is None else known[start : start + len(rows)].to(x.dtype)
+            state[match.out] = value.reshape(x.shape)
+            start += len(rows)
             for node in self._dead_behind[self._position]:
                 state.pop(node, None)
         self._position += 1

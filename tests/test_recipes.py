@@ -291,3 +291,21 @@ def test_batches_from_a_tokenizer_with_padding(tokenizer) -> None:  # type: igno
     moe = moecompile.convert(dense, Calibrated(4, 2, 2), [batch])
     assert moecompile.verify(moe, dense, batch).exact is False
     assert len(moecompile.moe_blocks(moe)) == 2
+
+
+def test_fitted_outputs_are_the_blocks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the recipe feeds to the next layer is what the finished block computes."""
+    family = BY_NAME["opt"]
+    dense, batches = family.build(), [batch_of(family, 40, 8)]
+    checked: list[float] = []
+    honest = Stream.feed
+
+    def feed(self, ffn, outputs=None):  # type: ignore[no-untyped-def]
+        x = self.tokens(self._position, [state[self.matches[self._position].x] for state in self._states])
+        with torch.no_grad():
+            checked.append(float((ffn(x) - outputs).norm() / outputs.norm()))
+        honest(self, ffn, outputs)
+
+    monkeypatch.setattr(Stream, "feed", feed)
+    moecompile.plan(dense, Calibrated(6, 2, 2), batches)
+    assert len(checked) == 4 and max(checked) < 1e-5

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..apply import build_block
 from ..errors import PlanError
 from ..plans import BIAS, DOWN, MEANS, ROUTER, MoEPlan, SitePlan
 from ..sites import DenseFFN
@@ -78,16 +79,15 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
             drift = dense_stream.residual(number).sub_(moe_stream.residual(number))
             target = y + clipped(recipe.drift * drift, y)
             del drift
-        planned, fitted, error = _plan_site(recipe, ffn, x, y, target, generator)
+        planned, fitted, error, own = _plan_site(recipe, ffn, x, y, target, generator)
         if error > 1.0:
             context.progress.say(
                 f"{match.site.name}: the relative error is {error:.2f}; the calibration text may not suit the model"
             )
         sites.append(planned)
         tensors.update({f"{match.site.name}/{name}": value.cpu() for name, value in fitted.items()})
-        block = _forward(ffn, planned, fitted)
-        dense_stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)))  # type: ignore[misc]
-        moe_stream.feed(block)
+        dense_stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
+        moe_stream.feed(build_block(planned, fitted, ffn).eval(), own)
     return MoEPlan(recipe.name, recipe.settings(), tuple(sites), tensors)
 
 
@@ -100,8 +100,8 @@ def clipped(correction: Tensor, output: Tensor) -> Tensor:
 
 def _plan_site(
     recipe: Calibrated, ffn: DenseFFN, x: Tensor, y: Tensor, target: Tensor, generator: torch.Generator
-) -> tuple[SitePlan, dict[str, Tensor], float]:
-    """One FFN: its plan, its fitted tensors, its weighted relative error on the calibration tokens.
+) -> tuple[SitePlan, dict[str, Tensor], float, Tensor | None]:
+    """One FFN: its plan, its fitted tensors, its weighted relative error on the calibration tokens, its outputs there.
 
     Args:
         x: (T, D) the converted stream's inputs, float32.
@@ -120,7 +120,7 @@ def _plan_site(
     experts = group_neurons(x[some], hidden[some], down, shared, sizes[recipe.shared :], weights[some], generator)
     planned = SitePlan(site, tuple(shared.tolist()), tuple(tuple(e) for e in experts), recipe.top_k)
     if recipe.top_k == recipe.experts:
-        return planned, {}, 0.0
+        return planned, {}, 0.0, None
     fitted: dict[str, Tensor] = {}
     chosen = torch.zeros(len(x), recipe.experts, dtype=torch.bool, device=x.device)
     if recipe.top_k:
@@ -129,10 +129,10 @@ def _plan_site(
     mask = _neuron_mask(chosen, shared, experts, site.intermediate_size)
     fitted[MEANS] = idle_means(hidden, mask, weights)
     fitted[DOWN], fitted[BIAS] = refit_down(hidden, mask, fitted[MEANS], down, bias, target, weights)
-    error = _relative_error(hidden, mask, fitted, bias, y, weights)
+    own, error = _outputs(hidden, mask, fitted, bias, y, weights)
     router = "linear" if recipe.top_k else "none"
     metrics = {"calibration_error": round(error, 6)}
-    return replace(planned, router=router, fitted=tuple(fitted), metrics=metrics), fitted, error
+    return replace(planned, router=router, fitted=tuple(fitted), metrics=metrics), fitted, error, own
 
 
 def _neuron_mask(chosen: Tensor, shared: Tensor, experts: list[list[int]], width: int) -> Mask:
@@ -148,24 +148,17 @@ def _neuron_mask(chosen: Tensor, shared: Tensor, experts: list[list[int]], width
     return mask
 
 
-def _relative_error(
+def _outputs(
     hidden: Tensor, mask: Mask, fitted: dict[str, Tensor], bias: Tensor | None, y: Tensor, weights: Tensor
-) -> float:
-    """Weighted |y - y_dense|^2 / |y_dense|^2, the root of it."""
+) -> tuple[Tensor, float]:
+    """The converted FFN's outputs (T, D), and their error: the root of weighted |y - y_dense|^2 / |y_dense|^2."""
     down, means = fitted[DOWN], fitted[MEANS]
     base = fitted[BIAS] + down @ means + (0.0 if bias is None else bias)
-    wrong = right = 0.0
+    parts, wrong, right = [], 0.0, 0.0
     for start in range(0, len(hidden), _CHUNK):
         stop = min(start + _CHUNK, len(hidden))
-        own = ((hidden[start:stop] - means) * mask(start, stop)) @ down.t() + base
+        parts.append(((hidden[start:stop] - means) * mask(start, stop)) @ down.t() + base)
         w = weights[start:stop]
-        wrong += float(w @ (own - y[start:stop]).square().sum(1))
+        wrong += float(w @ (parts[-1] - y[start:stop]).square().sum(1))
         right += float(w @ y[start:stop].square().sum(1))
-    return math.sqrt(wrong / max(right, 1e-30))
-
-
-def _forward(ffn: DenseFFN, planned: SitePlan, fitted: dict[str, Tensor]):  # type: ignore[no-untyped-def]
-    """The converted FFN as the block will compute it."""
-    from ..apply import build_block
-
-    return build_block(planned, fitted, ffn).eval()
+    return torch.cat(parts), math.sqrt(wrong / max(right, 1e-30))

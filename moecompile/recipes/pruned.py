@@ -95,6 +95,7 @@ def plan_static(recipe: Static, context: Context) -> MoEPlan:
         site, dense = match.site, DenseFFN.read(match.site, context.captured.module)
         x = stream.tokens(number, inputs)
         h = dense.hidden(x)
+        y = dense.output(h)
         statistics = _statistics(h, dense.down)
         keep = torch.zeros(site.intermediate_size, dtype=torch.bool)
         keep[statistics.energy.topk(_kept(recipe.active_fraction, site.intermediate_size)).indices.cpu()] = True
@@ -112,13 +113,13 @@ def plan_static(recipe: Static, context: Context) -> MoEPlan:
                     means.to(h.device),
                     dense.down.float(),
                     bias,
-                    dense.output(h).float(),
+                    y.float(),
                     torch.ones(len(h), device=h.device),
                 )
                 tensors[f"{site.name}/{DOWN}"], tensors[f"{site.name}/{BIAS}"] = down.cpu(), constant.cpu()
                 fitted = (MEANS, DOWN, BIAS)
         sites.append(_site_plan(site, keep, fitted))
-        stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
+        stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)), y)  # type: ignore[misc]
     return MoEPlan(recipe.name, recipe.settings(), tuple(sites), tensors)
 
 
@@ -130,9 +131,10 @@ def plan_flap(recipe: Flap, context: Context) -> MoEPlan:
     for number, (match, inputs) in enumerate(context.progress.over(stream, "FLAP statistics", len(context.matches))):
         dense = DenseFFN.read(match.site, context.captured.module)
         h = dense.hidden(stream.tokens(number, inputs))
-        weights = None if recipe.plain_statistics else token_weights(dense.output(h).float().norm(dim=1))
+        y = dense.output(h)
+        weights = None if recipe.plain_statistics else token_weights(y.float().norm(dim=1))
         found.append(_statistics(h, dense.down, weights))
-        stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
+        stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)), y)  # type: ignore[misc]
     scores = [(s.fluctuation - s.fluctuation.mean()) / s.fluctuation.std().clamp_min(1e-12) for s in found]
     ranking = torch.cat(scores).cpu()
     threshold = ranking.topk(_kept(recipe.active_fraction, len(ranking))).values.min()
