@@ -594,8 +594,8 @@ _HELD = """
 import signal, sys, time
 from moecompile import checkpoint
 from moecompile.cli import main
-if "background" in sys.argv[1]:  # as a shell starts `command &` in a script
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+# As a terminal starts a command, and as a shell starts `command &` in a script, whatever the tests themselves were started by.
+signal.signal(signal.SIGINT, signal.SIG_IGN if "background" in sys.argv[1] else signal.default_int_handler)
 real = checkpoint.write_files
 def held(model, folder, **options):
     real(model, folder, **options)
