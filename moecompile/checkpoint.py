@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .apply import install, moe_blocks
+from .apply import install
 from .block import MoEFFN
 from .card import model_card
-from .errors import CheckpointError, InputError, MoECompileError
+from .errors import CheckpointError, InputError
 from .files import explain_os_error, new_folder, read_json, write_bytes, write_tensors
 from .hub import INDEX, WEIGHTS, check_folder, first_line, local_path, quiet_transformers, weight_files
 from .plans import MoEPlan, dump_plan
@@ -384,7 +384,7 @@ def update_record(path: str | Path, record: dict[str, Any]) -> None:
     """Write a changed record, and the model card that shows it.
 
     Raises:
-        MoECompileError: it cannot be written.
+        CheckpointError: it cannot be written.
     """
     folder = Path(path)
     plan = MoEPlan.from_dict(read_json(folder / PLAN))
@@ -392,18 +392,8 @@ def update_record(path: str | Path, record: dict[str, Any]) -> None:
     write_bytes(folder / "README.md", model_card(record, plan).encode())
 
 
-def describe(model: nn.Module) -> str:
-    """One line: blocks, experts, top_k."""
-    blocks = list(moe_blocks(model).values())
-    if not blocks:
-        return f"{type(model).__name__}, dense"
-    first = blocks[0].spec
-    return f"{type(model).__name__}, {len(blocks)} MoE blocks, first: {first.experts} experts, top_k {blocks[0].top_k}"
-
-
 __all__ = [
     "MoECompileConfig",
-    "MoECompileError",
     "adopt",
     "is_converted",
     "load",

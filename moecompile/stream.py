@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from .capture import Captured, normalise_inputs
 from .errors import InputError
 from .match import Match
+from .match.nodes import attribute
 
 
 class Stream:
@@ -119,10 +120,7 @@ class Stream:
 
     def _attribute(self, node: fx.Node) -> Any:
         if node not in self._attributes:
-            value: Any = self.captured.graph_module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            self._attributes[node] = value
+            self._attributes[node] = attribute(self.captured.graph_module, node.target)
         return self._attributes[node]
 
 

@@ -162,10 +162,7 @@ def _parameter_uses(captured: Captured) -> dict[int, list[fx.Node]]:
 
 
 def _identity(captured: Captured, node: fx.Node) -> int:
-    value: object = captured.graph_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return id(value)
+    return id(N.attribute(captured.graph_module, node.target))
 
 
 def _read_site(captured: Captured, modules: ModuleMap, uses: dict[int, list[fx.Node]], down: N.LinearNode) -> Match:

@@ -133,7 +133,7 @@ class Walk:
 
     def _constant(self, node: fx.Node) -> float:
         try:
-            tensor = _attribute(self.graph_module, str(node.target))
+            tensor = N.attribute(self.graph_module, node.target)
         except AttributeError:
             tensor = None
         if isinstance(tensor, Tensor) and tensor.numel() == 1 and not isinstance(tensor, torch.nn.Parameter):
@@ -209,10 +209,3 @@ class Walk:
         if all(isinstance(operand, float) for operand in call.operands):
             return float(Activation(text_of(call))(torch.zeros((), dtype=torch.float64)))
         return call
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

@@ -53,6 +53,14 @@ def value_of(node: fx.Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def attribute(module: torch.nn.Module, path: object) -> Any:
+    """What a get_attr node's target names in its graph module."""
+    value: Any = module
+    for part in str(path).split("."):
+        value = getattr(value, part)
+    return value
+
+
 def last_size(node: fx.Node) -> int | None:
     """The static size of a node's last dimension."""
     value = value_of(node)
@@ -132,11 +140,6 @@ class LinearNode:
     inner: tuple[fx.Node, ...] = ()
 
     @property
-    def in_features(self) -> int | None:
-        """Input width, when static."""
-        return last_size(self.x)
-
-    @property
     def out_features(self) -> int | None:
         """Output width, when static."""
         return last_size(self.node)
@@ -207,8 +210,7 @@ def as_rows(node: fx.Node) -> tuple[fx.Node, tuple[int, int, int], tuple[fx.Node
         value = value_of(source) if isinstance(source, fx.Node) else None
         if width is None or value is None:
             return None
-        default_axis = 0
-        axis = argument(many, 2, "dim", default_axis)
+        axis = argument(many, 2, "dim", 0)
         if axis not in (-1, value.dim() - 1):
             return None
         if many.target is aten.chunk.default:
