@@ -60,7 +60,10 @@ setup(
             "build>=1.2",
         ],
     },
-    entry_points={"console_scripts": ["moecompile=moecompile.cli:main"]},
+    entry_points={
+        "console_scripts": ["moecompile=moecompile.cli:main"],
+        "torch_dynamo_backends": ["moecompile=moecompile.backend:backend"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

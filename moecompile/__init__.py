@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from .apply import moe_blocks, set_top_k
+from .apply import moe_blocks, set_top_k, using_top_k
+from .bisection import bisect
 from .checkpoint import load, register, save
+from .compiled import compile
 from .conversion import convert, plan
 from .errors import (
     CaptureError,
     CheckpointError,
+    CompileError,
     InputError,
     MatchError,
     MoECompileError,
@@ -15,15 +18,21 @@ from .errors import (
     PlanError,
 )
 from .explanation import explain
+from .inspection import generated_code, last_graphs, write_repro
+from .lowered import FallbackWarning
 from .plans import MoEPlan
+from .stock import register_experts
 from .verification import verify
 from .version import __version__
 
 register()
+register_experts()
 
 __all__ = [
     "CaptureError",
     "CheckpointError",
+    "CompileError",
+    "FallbackWarning",
     "InputError",
     "MatchError",
     "MoECompileError",
@@ -31,12 +40,18 @@ __all__ = [
     "ParityError",
     "PlanError",
     "__version__",
+    "bisect",
+    "compile",
     "convert",
     "explain",
+    "generated_code",
+    "last_graphs",
     "load",
     "moe_blocks",
     "plan",
     "save",
     "set_top_k",
+    "using_top_k",
     "verify",
+    "write_repro",
 ]

@@ -6,13 +6,14 @@ the dense FFN. With fitted tensors it adds the compensation and the router.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from .block import MoEFFN
-from .errors import MatchError, PlanError
+from .errors import InputError, MatchError, PlanError
 from .plans import BIAS, DOWN, MEANS, ROUTER, MoEPlan, SitePlan
 from .sites import DenseFFN
 
@@ -146,14 +147,87 @@ def moe_blocks(model: nn.Module) -> dict[str, MoEFFN]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoEFFN)}
 
 
-def set_top_k(model: nn.Module, k: int | None) -> None:
-    """Set how many experts every block chooses; None means all of them.
+PHASES = ("prefill", "decode")
+Layers = Iterable["int | str"]
+
+
+def set_top_k(model: nn.Module, k: int | None, *, layers: Layers | None = None, phase: str | None = None) -> None:
+    """Set how many experts blocks choose.
+
+    Args:
+        model: a converted model, compiled or not.
+        k: experts per token; None means all of them.
+        layers: only these blocks, by number (in the model's order, negative ones from the end) or by module path.
+        phase: ``prefill`` (whole sequences) or ``decode`` (one token each); None sets both. With
+            ``set_top_k(model, None, phase="prefill")`` the prompt is read by the dense model, where the plan kept exactness.
 
     Raises:
         PlanError: the model has no MoE block, or a block has no such k.
+        InputError: there is no such layer or phase.
     """
+    if phase is not None and phase not in PHASES:
+        raise InputError(f"there is no phase '{phase}'; there are: {', '.join(PHASES)}")
+    chosen = _blocks_at(model, layers)
+    before = dial_state(model)
+    try:
+        for block in chosen:
+            value = block.spec.experts if k is None else k
+            if phase == "prefill":
+                block.prefill_top_k = value
+            elif phase == "decode":
+                prefill = block.top_k if block.prefill_top_k is None else block.prefill_top_k
+                block.top_k = value
+                block.prefill_top_k = prefill
+            else:
+                block.top_k = value
+    except PlanError:
+        restore_dial(model, before)
+        raise
+
+
+@contextlib.contextmanager
+def using_top_k(
+    model: nn.Module, k: int | None, *, layers: Layers | None = None, phase: str | None = None
+) -> Iterator[nn.Module]:
+    """:func:`set_top_k` within a ``with`` block; each block's own dial comes back afterwards.
+
+    Raises:
+        PlanError, InputError: as :func:`set_top_k`.
+    """
+    before = dial_state(model)
+    try:
+        set_top_k(model, k, layers=layers, phase=phase)
+        yield model
+    finally:
+        restore_dial(model, before)
+
+
+def dial_state(model: nn.Module) -> tuple[tuple[int, int | None], ...]:
+    """(top_k, prefill_top_k) of every block."""
+    return tuple(block.dial for block in moe_blocks(model).values())
+
+
+def restore_dial(model: nn.Module, state: Iterable[tuple[int, int | None]]) -> None:
+    """Set every block's dial to what :func:`dial_state` returned."""
+    for block, (k, prefill) in zip(moe_blocks(model).values(), state, strict=True):
+        block.top_k = k
+        block.prefill_top_k = prefill
+
+
+def _blocks_at(model: nn.Module, layers: Layers | None) -> list[MoEFFN]:
     blocks = moe_blocks(model)
     if not blocks:
         raise PlanError("the model has no MoE block; convert it first")
-    for block in blocks.values():
-        block.top_k = block.spec.experts if k is None else k
+    if layers is None:
+        return list(blocks.values())
+    ordered, chosen = list(blocks.values()), []
+    for layer in layers:
+        if isinstance(layer, str):
+            if layer not in blocks:
+                raise InputError(f"there is no MoE block '{layer}'; the first is '{next(iter(blocks))}'")
+            chosen.append(blocks[layer])
+        elif -len(ordered) <= layer < len(ordered):
+            chosen.append(ordered[layer])
+        else:
+            raise InputError(f"there is no MoE layer {layer}; the model has {len(ordered)}")
+    return chosen

@@ -139,6 +139,9 @@ class MoEFFN(nn.Module):
     their dense order, so that sums are taken as the dense model takes them (summed by expert, the logits of a real 135 M model
     were off by up to 1.8e-4, its own float32 noise).
 
+    ``prefill_top_k`` is the same dial for whole sequences alone, None while they follow ``top_k``: input (..., L, D) with L > 1 is
+    the prompt (prefill), L = 1 is decoding; input (T, D) has no sequences and follows ``top_k``.
+
     Buffers: ``place`` (F,) int64, where each dense neuron is stored: the shared ones first, then I places for each expert.
     """
 
@@ -150,6 +153,7 @@ class MoEFFN(nn.Module):
             raise PlanError(f"there is no router '{spec.router}'; there are: none, {', '.join(ROUTERS)}")
         self.spec = spec
         self._top_k = spec.top_k
+        self._prefill_top_k: int | None = None
         self.router = ROUTERS[spec.router](spec.hidden_size, spec.experts) if spec.router != "none" else None
         self.experts = Experts(spec)
         self.shared = SharedExpert(spec) if spec.shared_width else None
@@ -159,43 +163,65 @@ class MoEFFN(nn.Module):
 
     @property
     def top_k(self) -> int:
-        """Experts chosen per token."""
+        """Experts chosen per token. Setting it sets prefill too."""
         return self._top_k
 
     @top_k.setter
     def top_k(self, k: int) -> None:
+        self._check(k)
+        self._top_k, self._prefill_top_k = k, None
+
+    @property
+    def prefill_top_k(self) -> int | None:
+        """Experts chosen per token of a whole sequence; None where it follows ``top_k``."""
+        return self._prefill_top_k
+
+    @prefill_top_k.setter
+    def prefill_top_k(self, k: int | None) -> None:
+        if k is not None:
+            self._check(k)
+        self._prefill_top_k = k
+
+    @property
+    def dial(self) -> tuple[int, int | None]:
+        """(top_k, prefill_top_k)."""
+        return self._top_k, self._prefill_top_k
+
+    def _check(self, k: int) -> None:
         if not 0 <= k <= self.spec.experts:
             raise PlanError(f"top_k is {k}; this block has {self.spec.experts} experts")
         if self.router is None and 0 < k < self.spec.experts:
             raise PlanError(f"top_k is {k}, but this block has no router: only 0 or {self.spec.experts} can be had")
-        self._top_k = k
 
-    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert numbers and weights, (T, K) each, for tokens (T, D)."""
-        if self._top_k == self.spec.experts:
+    def choose(self, x: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
+        """Expert numbers and weights, (T, K) each, for tokens (T, D); K is ``top_k`` unless another is given."""
+        k = self._top_k if top_k is None else top_k
+        if k == self.spec.experts:
             everyone = torch.arange(self.spec.experts, device=x.device).expand(x.shape[0], -1)
             return everyone, torch.ones_like(everyone, dtype=x.dtype)
         if self.router is None:
             nobody = torch.zeros(x.shape[0], 0, dtype=torch.long, device=x.device)
             return nobody, nobody.to(x.dtype)
-        return self.router(x, self._top_k)
+        return self.router(x, k)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        prefill = self._prefill_top_k is not None and hidden_states.dim() > 2 and hidden_states.shape[-2] > 1
+        k = self._prefill_top_k if prefill and self._prefill_top_k is not None else self._top_k
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
-        y = self._all(x) if self._top_k == self.spec.experts else self._chosen(x)
+        y = self.dense_order(x) if k == self.spec.experts else self._chosen(x, k)
         y = nn.functional.dropout(y, self.spec.dropout, self.training) if self.spec.dropout else y
         return y.reshape(hidden_states.shape)
 
-    def _chosen(self, x: Tensor) -> Tensor:
-        """Shared neurons and the chosen experts: (T, D) -> (T, D)."""
+    def _chosen(self, x: Tensor, k: int) -> Tensor:
+        """Shared neurons and k experts: (T, D) -> (T, D)."""
         parts = [] if self.shared is None else [self.shared(x)]
-        if self._top_k > 0:
-            parts.append(self.experts(x, *self.choose(x)))
+        if k > 0:
+            parts.append(self.experts(x, *self.choose(x, k)))
         y = sum(parts[1:], parts[0]) if parts else torch.zeros_like(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _all(self, x: Tensor) -> Tensor:
+    def dense_order(self, x: Tensor) -> Tensor:
         """Every neuron, in dense order: (T, D) -> (T, D)."""
         spec, experts, shared = self.spec, self.experts, self.shared
         halves = 2 if spec.gated else 1
@@ -224,4 +250,5 @@ class MoEFFN(nn.Module):
         """Shown by ``print(model)``."""
         s = self.spec
         widths = f"D={s.hidden_size}, shared={s.shared_width}, experts={s.experts}x{s.expert_width}"
-        return f"{widths}, top_k={self._top_k}, {s.activation}"
+        prefill = "" if self._prefill_top_k is None else f", prefill_top_k={self._prefill_top_k}"
+        return f"{widths}, top_k={self._top_k}{prefill}, {s.activation}"

@@ -29,3 +29,7 @@ class ParityError(MoECompileError):
 
 class CheckpointError(MoECompileError):
     """A checkpoint that cannot be read or written."""
+
+
+class CompileError(MoECompileError):
+    """Something could not be compiled, and falling back was not allowed."""

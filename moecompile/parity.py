@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .apply import moe_blocks, set_top_k
+from .apply import moe_blocks, using_top_k
 from .capture import normalise_inputs, without_cache
 from .errors import InputError, ParityError
 
@@ -38,16 +38,12 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_experts_on(model: nn.Module) -> Iterator[None]:
-    """Every block with all of its experts; the top_k of each comes back afterwards."""
-    blocks = list(moe_blocks(model).values())
-    before = [block.top_k for block in blocks]
-    try:
-        if blocks:
-            set_top_k(model, None)
+    """Every block with all of its experts; each block's dial comes back afterwards."""
+    if not moe_blocks(model):
         yield
-    finally:
-        for block, k in zip(blocks, before, strict=True):
-            block.top_k = k
+        return
+    with using_top_k(model, None):
+        yield
 
 
 def main_output(outputs: Any) -> list[Tensor]:

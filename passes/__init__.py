@@ -1,6 +1,6 @@
 """Graph passes, one a file, and the lists that order them.
 
-The rewrite of a dense graph is one pass; lowering to kernels appends its own.
+``SplitFFN`` rewrites a dense graph; :mod:`moecompile.passes.pipeline` holds the list that compiled graphs go through.
 """
 
 from __future__ import annotations

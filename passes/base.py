@@ -7,7 +7,7 @@ To add a pass, write one file with one class and put it into a list where it bel
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -54,11 +54,34 @@ class PassError(MoECompileError):
 def clone(graph_module: GraphModule) -> GraphModule:
     """The same graph and tensors in a new GraphModule whose graph and module tree may be edited; node names are kept."""
     graph: Graph = copy.deepcopy(graph_module.graph)
-    return GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+    for old, new in zip(graph_module.graph.nodes, graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):  # where an input comes from: TorchDynamo's guards and CUDA graphs ask for it
+            new._dynamo_source = old._dynamo_source
+    result = GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+    result.meta.update(graph_module.meta)
+    if hasattr(graph_module, "_param_name_to_source"):
+        result._param_name_to_source = graph_module._param_name_to_source
+    return result
 
 
-def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> PassResult:
+Observer = Callable[[Pass, GraphModule, PassResult], None]
+OnError = Callable[[Pass, Exception], None]
+
+
+def run_passes(
+    graph_module: GraphModule,
+    passes: Sequence[Pass],
+    *,
+    skip: Collection[str] = (),
+    observe: Observer | None = None,
+    on_error: OnError | None = None,
+) -> PassResult:
     """Run passes in order and lint the graph after each.
+
+    Args:
+        skip: names of passes to leave out. What they would ensure is taken as given: passes find less to do, not wrong things.
+        observe: called after each pass with the pass, the graph before it, and its result.
+        on_error: called when a pass fails, which is then left out; without it the error is raised.
 
     Raises:
         PassError: a pass needs a property that no earlier one ensured, or its graph is malformed.
@@ -69,13 +92,27 @@ def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> PassResult:
         missing = step.requires - known
         if missing:
             raise PassError(f"pass {step.name} needs a graph with: {', '.join(sorted(missing))}")
-        result = step(graph_module)
-        graph_module = result.graph_module
-        try:
-            graph_module.graph.lint()
-        except RuntimeError as error:
-            raise PassError(f"pass {step.name} made a malformed graph: {error}") from error
         known |= step.ensures
+        if step.name in skip:
+            continue
+        try:
+            result = step(graph_module)
+            _lint(step, result.graph_module)
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(step, error)
+            continue
+        if observe is not None:
+            observe(step, graph_module, result)
+        graph_module = result.graph_module
         modified += result.modified
         notes += [f"{step.name}: {note}" for note in result.notes]
     return PassResult(graph_module, modified, tuple(notes))
+
+
+def _lint(step: Pass, graph_module: GraphModule) -> None:
+    try:
+        graph_module.graph.lint()
+    except RuntimeError as error:
+        raise PassError(f"pass {step.name} made a malformed graph: {error}") from error

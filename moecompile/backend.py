@@ -1,0 +1,207 @@
+"""The TorchDynamo backend: a traced graph through the passes, then through Inductor.
+
+``torch.compile(model, backend="moecompile")`` finds :func:`backend` by its entry point; :func:`moecompile.compile` uses
+:class:`Backend` with its own options. Whatever fails on the way leaves correct, slower code and one warning that names what
+stood in the way; with ``fullgraph`` it raises instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from . import logs
+from .checking import verified
+from .errors import CompileError, InputError
+from .lowered import warn_once
+from .passes.base import Pass, clone, run_passes
+from .passes.match_experts import moe_nodes, operands_of
+from .passes.nodes import site_of
+from .passes.pipeline import inference_passes, training_passes
+from .records import GraphRecord, graph_text, new_record, observe
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+WEIGHTS = ("same", "int8")
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How to compile.
+
+    Attributes:
+        mode: as of ``torch.compile``: ``default``, ``reduce-overhead``, ``max-autotune``, ``max-autotune-no-cudagraphs``.
+        weights: how CPU kernels read the experts' weights: ``same`` as stored, or ``int8`` (rounded once, scales per neuron).
+        verify: compare every compiled graph with eager code at its first call.
+        fullgraph: raise where something cannot be compiled.
+        inductor: False runs the rewritten graph in eager mode, for debugging.
+        options: Inductor's own options, as of ``torch.compile(options=...)``.
+    """
+
+    mode: str = "default"
+    weights: str = "same"
+    verify: bool = False
+    fullgraph: bool = False
+    inductor: bool = True
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"there is no mode '{self.mode}'; there are: {', '.join(MODES)}")
+        if self.weights not in WEIGHTS:
+            raise InputError(f"weights cannot be '{self.weights}'; there are: {', '.join(WEIGHTS)}")
+
+
+@dataclass
+class Backend:
+    """A TorchDynamo backend with its options and what it has compiled so far."""
+
+    options: CompileOptions = field(default_factory=CompileOptions)
+    records: list[GraphRecord] = field(default_factory=list, repr=False)
+
+    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        """Compile one traced graph.
+
+        Raises:
+            CompileError: it cannot be compiled and ``fullgraph`` was asked for.
+        """
+        if "all" in logs.disabled():
+            return graph_module.forward
+        training = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in example_inputs)
+        record = new_record(graph_module, training)
+        record.inputs = tuple(_input_facts(value) for value in example_inputs)
+        self.records.append(record)
+        record.graph_module = self._rewrite(graph_module, record, training)
+        _describe(record)
+        compiled = self._lower(clone(record.graph_module), example_inputs, record)
+        return verified(compiled, record, self.options.weights) if self.options.verify else compiled
+
+    def _rewrite(self, graph_module: GraphModule, record: GraphRecord, training: bool) -> GraphModule:
+        passes = training_passes() if training else inference_passes(self.options.weights)
+
+        def failed(step: Pass, error: Exception) -> None:
+            if self.options.fullgraph:
+                raise CompileError(f"pass {step.name} failed on graph {record.number}: {error}") from error
+            record.notes += (f"{step.name}: left out: {error}",)
+            warn_once(f"pass {step.name} failed and was left out ({_one_line(error)}); the numbers are those of eager code")
+
+        result = run_passes(
+            graph_module,
+            passes,
+            skip=logs.disabled(),
+            observe=lambda step, before, done: observe(record, step, before, done),
+            on_error=failed,
+        )
+        record.notes += result.notes
+        return result.graph_module
+
+    def _lower(self, graph_module: GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Compiled:
+        from torch._dynamo.exc import RestartAnalysis
+
+        try:
+            compiled = through_inductor(graph_module, example_inputs, self.options, record.output_code)
+        except RestartAnalysis:  # not a failure: TorchDynamo traces again, knowing more
+            self.records.remove(record)
+            raise
+        except Exception as error:
+            if self.options.fullgraph:
+                raise CompileError(f"Inductor could not compile graph {record.number}: {_one_line(error)}") from error
+            record.fallback = _one_line(error)
+            warn_once(f"graph {record.number} runs in eager mode: Inductor could not compile it: {record.fallback}")
+            return record.graph_module.forward
+        for code in record.output_code:
+            logs.log("output_code", code)
+        return compiled
+
+
+def through_inductor(
+    graph_module: GraphModule, example_inputs: Sequence[Any], options: CompileOptions, code: list[str]
+) -> Compiled:
+    """A lowered graph compiled by Inductor (which may edit it), the generated code added to ``code``."""
+    if not options.inductor:
+        return graph_module.forward
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(list_mode_options(options.mode)) if options.mode != "default" else {}
+    patches.update(options.options)
+    with _collecting(code):
+        return compile_fx(graph_module, list(example_inputs), config_patches=patches)  # type: ignore[arg-type,return-value]
+
+
+def backend(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Compiled:
+    """``torch.compile(model, backend="moecompile", mode=..., options=...)``.
+
+    Args:
+        mode: as of ``torch.compile``.
+        options: ``weights`` and ``verify`` as of :func:`moecompile.compile`; the rest are Inductor's own.
+    """
+    own = dict(options or {})
+    chosen = {key: own.pop(key) for key in ("weights", "verify") if key in own}
+    return Backend(CompileOptions(mode=mode or "default", options=tuple(own.items()), **chosen))(graph_module, example_inputs)
+
+
+def _input_facts(value: Any) -> Any:
+    """What a repro script needs to know of an input; symbolic sizes are taken at their first values."""
+
+    def first(size: Any) -> Any:
+        return size.node.hint if isinstance(size, torch.SymInt) else size  # int() would make the size static
+
+    if not isinstance(value, Tensor):
+        return first(value)
+    shape, stride = [first(size) for size in value.shape], [first(step) for step in value.stride()]
+    return shape, stride, value.dtype, value.device, value.requires_grad
+
+
+def _describe(record: GraphRecord) -> None:
+    """Fill in what became of the MoE layers, and say it in the logs."""
+    for node in moe_nodes(record.graph_module):
+        operands = operands_of(node)
+        router = "fused" if operands["router_weight"] is not None else "none" if operands["ids"] is None else "outside"
+        record.layers.append(
+            {
+                "site": site_of(node),
+                "backend": operands["backend"],
+                "top_k": operands["top_k"],
+                "router": router,
+                "shared": operands["shared_up"] is not None,
+                "weight_format": operands["weight_format"],
+            }
+        )
+    wanted = logs.artifacts()
+    if "match" in wanted:
+        logs.log("match", f"graph {record.number}: {len(record.layers)} MoE layers")
+        for layer in record.layers:
+            logs.log("match", "  {site}: {backend} kernel, top_k {top_k}, router {router}".format(**layer))
+    if "passes" in wanted:
+        logs.log("passes", str(record))
+        logs.log("passes", graph_text(record.graph_module))
+    if "hoist" in wanted:
+        outside = [layer["site"] for layer in record.layers if layer["router"] == "outside"]
+        logs.log("hoist", f"graph {record.number}: {len(outside)} layers read a routing decision made elsewhere")
+
+
+@contextlib.contextmanager
+def _collecting(into: list[str]) -> Iterator[None]:
+    """Keep the code that Inductor generates, or takes from its cache, within the block."""
+    from torch._inductor.graph import GraphLowering
+
+    with mock.patch.object(GraphLowering, "save_output_code", staticmethod(into.append)):
+        yield
+
+
+def _one_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -1,0 +1,134 @@
+"""Bisect: the first pass behind which a model's numbers are not those of eager code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from . import logs
+from .backend import CompileOptions, through_inductor
+from .capture import normalise_inputs
+from .compiled import CompiledModule
+from .parity import tolerance_for
+from .passes.base import Pass, clone
+from .passes.pipeline import inference_passes
+from .stock import ExpertsSwitch
+
+
+@dataclass(frozen=True)
+class Step:
+    """Numbers behind one pass: graph, pass, largest absolute difference from the traced graph, what is allowed."""
+
+    graph: int
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is within tolerance; NaN is not."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What :func:`bisect` measured.
+
+    Attributes:
+        steps: in order; the last of each graph is ``inductor``.
+    """
+
+    steps: tuple[Step, ...]
+
+    @property
+    def culprit(self) -> str | None:
+        """The first pass at which numbers diverge, or None."""
+        return next((step.name for step in self.steps if not step.agrees), None)
+
+    def __str__(self) -> str:
+        rows = [f"  graph {s.graph}  {s.name:16} {s.error:.1e}  {'ok' if s.agrees else 'DIVERGES'}" for s in self.steps]
+        head = f"numbers diverge at: {self.culprit}" if self.culprit else "numbers agree behind every pass"
+        return "\n".join([head, *rows])
+
+
+@torch.no_grad()
+def bisect(model: nn.Module, inputs: Any = None, *, weights: str = "same", passes: Sequence[Pass] | None = None) -> Bisection:
+    """Run a model once, each of its graphs behind every pass, and compare outputs.
+
+    Args:
+        model: compiled or not; for inference.
+        inputs: as :func:`moecompile.capture.capture` takes them; guessed for transformers models.
+        weights: as of :func:`moecompile.compile`. ``int8`` differs from eager code by its rounding, and shows so.
+        passes: another list than the pipeline's.
+
+    Raises:
+        CaptureError: the inputs cannot be guessed.
+    """
+    while isinstance(model, CompiledModule):
+        model = model._moecompile.target
+    args, kwargs = normalise_inputs(model, inputs)
+    steps: list[Step] = []
+    options = CompileOptions(weights=weights)
+    backend = _Bisecting(options, steps, list(passes) if passes is not None else inference_passes(weights))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    with ExpertsSwitch(model):
+        torch.compile(forward, backend=backend)(*args, **kwargs)
+    return Bisection(tuple(steps))
+
+
+class _Bisecting:
+    """A backend that runs eager code, and beside it every stage of the pipeline."""
+
+    def __init__(self, options: CompileOptions, steps: list[Step], passes: list[Pass]) -> None:
+        self.options, self.steps, self.passes = options, steps, passes
+        self.graphs = 0
+
+    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        number, first = self.graphs, True
+
+        def run(*inputs: Any) -> Any:
+            nonlocal first
+            if first:
+                first = False
+                self._compare(number, graph_module, inputs)
+            return graph_module(*inputs)
+
+        return run
+
+    def _compare(self, number: int, graph_module: GraphModule, inputs: Sequence[Any]) -> None:
+        reference = _floats(graph_module(*_copies(inputs)))
+        allowed = tolerance_for(reference)
+        stage, skip = graph_module, logs.disabled()
+        for step in self.passes:
+            if step.name in skip:
+                continue
+            stage = step(stage).graph_module
+            self._note(number, step.name, reference, stage(*_copies(inputs)), allowed)
+        compiled = through_inductor(clone(stage), list(inputs), self.options, [])
+        self._note(number, "inductor", reference, compiled(*_copies(inputs)), allowed)
+
+    def _note(self, number: int, name: str, reference: list[Tensor], outputs: Any, allowed: float) -> None:
+        pairs = zip(_floats(outputs), reference, strict=True)
+        differences = [float((a - b).abs().max()) for a, b in pairs if a.numel()]
+        worst = max(differences, default=0.0)
+        worst = float("nan") if any(d != d for d in differences) else worst
+        self.steps.append(Step(number, name, worst, allowed))
+
+
+def _copies(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs for one more run: a KV cache is written in place."""
+    return [x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x for x in inputs]
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

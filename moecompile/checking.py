@@ -1,0 +1,153 @@
+"""``verify=True``: every compiled graph beside eager code, at its first call, layer by layer where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from .apply import moe_blocks
+from .block import MoEFFN
+from .errors import ParityError
+from .lowered import OPERANDS, moe_ffn
+from .parity import tolerance_for
+from .passes.nodes import site_of
+from .records import GraphRecord
+
+# Two experts whose scores differ by less than this share of the largest score are a tie: which of them is taken depends on the
+# order of a sum (float32 scores of a real model differ by up to 1e-6 relative between two orders).
+_TIE = 1e-5
+
+
+def verified(compiled: Callable[..., Any], record: GraphRecord, weights: str) -> Callable[..., Any]:
+    """A compiled graph that compares itself with the traced one when it is first called.
+
+    Raises (when called):
+        ParityError: naming the layer whose numbers are off.
+    """
+    pending = True
+
+    def run(*args: Any) -> Any:
+        nonlocal pending
+        if not pending:
+            return compiled(*args)
+        copies = [_copy(argument) for argument in args]
+        again = [_copy(argument) for argument in args]
+        outputs = compiled(*args)
+        if not record.training:
+            _check_layers(record, again)
+            if weights == "same":
+                _check_outputs(record, outputs, record.original(*copies))
+        pending = False
+        return outputs
+
+    return run
+
+
+def _copy(value: Any) -> Any:
+    """Inputs for a second run: a KV cache is written in place."""
+    return value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+
+
+def _check_outputs(record: GraphRecord, ours: Any, theirs: Any) -> None:
+    mine, reference = (
+        [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        for tree in (ours, theirs)
+    )
+    allowed = tolerance_for(reference)
+    worst = max((float((a - b).abs().max()) for a, b in zip(mine, reference, strict=True) if a.numel()), default=0.0)
+    if not worst <= allowed and not record.ties:
+        raise ParityError(
+            f"graph {record.number}: outputs differ from eager code by {worst:.1e} ({allowed:.1e} is allowed), and no MoE "
+            "layer does on its own: the cause is outside of them"
+        )
+
+
+class _Checked(Interpreter):
+    """Runs a lowered graph; each ``moe_ffn`` also in plain torch operators on the same inputs."""
+
+    def __init__(self, record: GraphRecord) -> None:
+        super().__init__(record.graph_module)
+        self.record = record
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function" and n.target is moe_ffn:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            operands = dict(zip(OPERANDS, args, strict=True)) | kwargs
+            reference = moe_ffn(**(operands | {"backend": "torch"}))
+            self._compare(site_of(n), value, reference, operands)
+        return value
+
+    def _compare(self, site: str, ours: Tensor, theirs: Tensor, operands: dict[str, Any]) -> None:
+        allowed = tolerance_for([theirs])
+        off = ~((ours - theirs).abs().amax(-1) <= allowed)  # [T]; NaN is off
+        both_nan = ours.isnan().any(-1) & theirs.isnan().any(-1)
+        off &= ~both_nan
+        if operands["router_weight"] is not None and bool(off.any()):
+            tied = _ties(operands)
+            self.record.ties += int((off & tied).sum())
+            off &= ~tied
+        if bool(off.any()):
+            worst = float((ours - theirs).abs().max())
+            raise ParityError(
+                f"{site}: the compiled layer differs from eager code by {worst:.1e} on {int(off.sum())} of {len(off)} tokens; "
+                f"{allowed:.1e} is allowed"
+            )
+
+
+def _ties(operands: dict[str, Any]) -> Tensor:
+    """(T,) bool: tokens whose last chosen and first left-out expert score the same but for rounding."""
+    weight, bias, x, k = (operands[name] for name in ("router_weight", "router_bias", "x", "top_k"))
+    experts = weight.shape[0]
+    if k >= experts:
+        return torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    scores = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    best = scores.topk(k + 1, dim=-1).values
+    return (best[:, k - 1] - best[:, k]) <= _TIE * scores.abs().amax(-1)
+
+
+def _check_layers(record: GraphRecord, args: Sequence[Any]) -> None:
+    with torch.no_grad():
+        _Checked(record).run(*args)
+
+
+@torch.no_grad()
+def check_blocks(model: nn.Module) -> int:
+    """All experts on, is each block the sum of its experts: the dense order against expert by expert, on random tokens.
+
+    Returns:
+        How many blocks were checked; those that keep the exact dense weights beside refitted ones are different by intent.
+
+    Raises:
+        ParityError: naming the block that is not.
+    """
+    checked = 0
+    for name, block in moe_blocks(model).items():
+        if block.exact is not None:
+            continue
+        checked += 1
+        like = block.experts.down_proj
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(4, block.spec.hidden_size, generator=generator).to(device=like.device, dtype=like.dtype)
+        dense, routed = block.dense_order(x), _all_routed(block, x)
+        scale = float(dense.abs().max()) or 1.0
+        worst = float((dense - routed).abs().max()) / scale
+        allowed = 256 * torch.finfo(like.dtype).eps
+        if not worst <= allowed:
+            raise ParityError(f"{name}: all experts on, the block differs from the sum of its experts by {worst:.1e} (relative)")
+    return checked
+
+
+def _all_routed(block: MoEFFN, x: Tensor) -> Tensor:
+    everyone = torch.arange(block.spec.experts, device=x.device).expand(len(x), -1)
+    parts = [] if block.shared is None else [block.shared(x)]
+    if block.spec.experts:
+        parts.append(block.experts(x, everyone, torch.ones_like(everyone, dtype=x.dtype)))
+    y = sum(parts[1:], parts[0])
+    return y if block.bias is None else y + block.bias
+

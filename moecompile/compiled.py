@@ -1,0 +1,347 @@
+"""``moecompile.compile``: for modules, module classes, functions and methods, with and without arguments.
+
+A compiled module is a second face of the same module: another class over the same attributes. It is an instance of the
+module's class, has the same parameters under the same names, trains, saves and generates; calls of it run compiled code, calls
+of the original do not. Every setting of the top-k dial has code of its own, so that turning it back costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast, overload
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import logs
+from .apply import moe_blocks
+from .backend import Backend, CompileOptions
+from .checking import check_blocks
+from .codegen import packing
+from .conversion import convert
+from .errors import InputError, MatchError, MoECompileError
+from .lowered import warn_once
+from .overlay import share
+from .plans import MoEPlan
+from .recipes import Recipe
+from .records import GraphRecord
+from .stock import ExpertsSwitch, stock_experts
+
+T = TypeVar("T")
+
+
+class Compilation:
+    """What stands behind one compiled module or function.
+
+    Attributes:
+        target: the module or function that was compiled.
+        options: how.
+        backend: the TorchDynamo backend, with a record of every graph.
+    """
+
+    def __init__(self, target: Any, options: CompileOptions, dynamic: bool | None) -> None:
+        self.target, self.options, self.dynamic = target, options, dynamic
+        self.backend = Backend(options)
+        self._variants: dict[object, Callable[..., Any]] = {}
+        self._module = target if isinstance(target, nn.Module) else None
+        self._switch = ExpertsSwitch(target) if isinstance(target, nn.Module) else contextlib.nullcontext()
+        self._blocks = list(moe_blocks(target).values()) if isinstance(target, nn.Module) else []
+        self._prepared = False
+
+    @property
+    def records(self) -> list[GraphRecord]:
+        """The graphs compiled so far."""
+        return self.backend.records
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the target, compiled."""
+        if torch.compiler.is_compiling() or "all" in logs.disabled():
+            return self.target(*args, **kwargs)
+        if not self._prepared and not torch.is_grad_enabled():
+            self._prepare()
+        variant = self._variants.get(key := tuple(block.dial for block in self._blocks))
+        if variant is None:
+            variant = self._variants[key] = self._compile()
+        try:
+            with self._switch, _breaks_told(self):
+                return _settled(variant(*args, **kwargs))
+        except Exception as error:  # TorchDynamo wraps what its backend raises
+            inner = getattr(error, "inner_exception", None)
+            if isinstance(inner, MoECompileError):
+                raise inner from None
+            raise
+
+    def _prepare(self) -> None:
+        """Before the first inference: weights into the kernels' layout, and what ``verify`` asks of the module."""
+        self._prepared = True
+        if self._module is None:
+            return
+        if self.options.verify:
+            check_blocks(self._module)
+        for parameter in _down_projections(self._module):
+            packing.relayout_(parameter)
+
+    def _compile(self) -> Callable[..., Any]:
+        """A function of its own code object, since TorchDynamo counts recompilations by code object."""
+        target = self.target
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return target(*args, **kwargs)
+
+        own = types.FunctionType(
+            forward.__code__.replace(co_name=_name(target)), globals(), _name(target), None, forward.__closure__
+        )
+        own.__kwdefaults__ = None
+        return torch.compile(own, backend=self.backend, fullgraph=self.options.fullgraph, dynamic=self.dynamic)
+
+
+def _settled(outputs: Any) -> Any:
+    """Outputs whose KV cache is contiguous. A prompt's keys come out of a compiled graph transposed, those of decoding do not,
+    and TorchDynamo would compile decoding once for either."""
+    layers = getattr(getattr(outputs, "past_key_values", None), "layers", ())
+    for layer in layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.requires_grad or keys.is_contiguous():
+            break
+        layer.keys, layer.values = keys.contiguous(), values.contiguous()
+    return outputs
+
+
+def _name(target: Any) -> str:
+    return str(getattr(target, "__name__", type(target).__name__))
+
+
+def _down_projections(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The projections that CPU kernels read by neuron."""
+    for block in moe_blocks(module).values():
+        yield block.experts.down_proj
+        if block.shared is not None:
+            yield block.shared.down_proj.weight
+    for experts in stock_experts(module).values():
+        yield cast(nn.Parameter, experts.down_proj)
+
+
+@contextlib.contextmanager
+def _breaks_told(compilation: Compilation) -> Iterator[None]:
+    """One warning for every place where TorchDynamo had to leave the graph."""
+    from torch._dynamo.utils import counters
+
+    seen = counters["stats"]["calls_captured"], sum(counters["graph_break"].values())
+    before = dict(counters["graph_break"]) if seen[1] else {}
+    yield
+    if seen != (counters["stats"]["calls_captured"], sum(counters["graph_break"].values())):
+        for reason, count in counters["graph_break"].items():
+            if count > before.get(reason, 0):
+                first = " ".join(reason.split())[:300]
+                warn_once(f"{_name(compilation.target)}: a part runs in eager mode: {first}")
+
+
+class CompiledModule(nn.Module):
+    """Mixed into the class of a compiled module; ``_moecompile`` is what stands behind it."""
+
+    _moecompile: Compilation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own, compiled."""
+        return self._moecompile(*args, **kwargs)
+
+    def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
+        """``generate`` of transformers asks for a compiled call where its cache is static: this is one."""
+        return self.__call__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        own = self._moecompile
+        return _compiled_module(copy.deepcopy(own.target, memo), own.options, own.dynamic)
+
+    def __copy__(self) -> Any:
+        own = self._moecompile
+        return _compiled_module(copy.copy(own.target), own.options, own.dynamic)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        own = self._moecompile
+        return _compiled_module, (own.target, own.options, own.dynamic)
+
+
+def _compiled_module(module: nn.Module, options: CompileOptions, dynamic: bool | None) -> nn.Module:
+    """A second face of a module: the same attributes under a class whose calls are compiled."""
+    base = type(module)
+    compilation = Compilation(module, options, dynamic)
+    attributes = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_moecompile": compilation}
+    face = cast(nn.Module, object.__new__(type(base.__name__, (CompiledModule, base), attributes)))
+    object.__setattr__(face, "__dict__", module.__dict__)
+    return face
+
+
+def _compiled_class(base: type[nn.Module], options: CompileOptions, dynamic: bool | None) -> type[nn.Module]:
+    """A subclass whose instances are compiled, each for itself."""
+    compilations: WeakKeyDictionary[nn.Module, Compilation] = WeakKeyDictionary()
+
+    def of(module: nn.Module) -> Compilation:
+        found = compilations.get(module)
+        if found is None:
+            plain = cast(nn.Module, object.__new__(base))
+            object.__setattr__(plain, "__dict__", module.__dict__)
+            found = compilations[module] = Compilation(plain, options, dynamic)
+        return found
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return of(self)(*args, **kwargs)
+
+    attributes = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__call__": call,
+        "_moecompile": property(of),
+    }
+    return type(base.__name__, (base,), attributes)
+
+
+def _compiled_function(function: Callable[..., Any], options: CompileOptions, dynamic: bool | None) -> Callable[..., Any]:
+    compilation = Compilation(function, options, dynamic)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return compilation(*args, **kwargs)
+
+    run._moecompile = compilation  # type: ignore[attr-defined]
+    return run
+
+
+@overload
+def compile(
+    model: T,
+    *,
+    plan: MoEPlan | Recipe | None = None,
+    calibration: Any = None,
+    mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    weights: str = "same",
+    verify: bool = False,
+    options: dict[str, Any] | None = None,
+    disable: bool = False,
+    example_inputs: Any = None,
+) -> T: ...
+@overload
+def compile(
+    model: None = None,
+    *,
+    plan: MoEPlan | Recipe | None = None,
+    calibration: Any = None,
+    mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    weights: str = "same",
+    verify: bool = False,
+    options: dict[str, Any] | None = None,
+    disable: bool = False,
+    example_inputs: Any = None,
+) -> Callable[[T], T]: ...
+def compile(
+    model: Any = None,
+    *,
+    plan: MoEPlan | Recipe | None = None,
+    calibration: Any = None,
+    mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    weights: str = "same",
+    verify: bool = False,
+    options: dict[str, Any] | None = None,
+    disable: bool = False,
+    example_inputs: Any = None,
+) -> Any:
+    """Compile a model, as ``torch.compile`` does, its expert FFNs by kernels written for them. Also a decorator.
+
+    Args:
+        model: a converted model, a dense one (with ``plan``), a stock MoE of transformers, any other module, a module class,
+            a function or a method.
+        plan: split the dense model by this plan or recipe; the given model is left alone, what is not split is shared.
+        calibration: model inputs for a recipe.
+        mode: ``default``, ``reduce-overhead``, ``max-autotune`` or ``max-autotune-no-cudagraphs``.
+        fullgraph: raise where a part cannot be compiled, instead of one warning and correct eager code.
+        dynamic: as of ``torch.compile``; None keeps shapes symbolic from the start for models that generate (two graphs,
+            prefill and decode), and otherwise from the second shape on.
+        weights: how CPU kernels read the experts' weights: ``same`` as stored, or ``int8``.
+        verify: at first calls check that all experts together are the whole block, then compare each compiled graph with
+            eager code, layer by layer. (A rewrite by ``plan`` is compared with the dense model in any case.)
+        options: Inductor's own options.
+        disable: return the model as it is.
+        example_inputs: to capture a dense model with; guessed for transformers models.
+
+    Returns:
+        A module of the same class over the same parameters, or a function; without ``model``, a decorator.
+
+    Raises:
+        InputError: an option that cannot be used as given.
+        CompileError: when called with ``fullgraph``, what could not be compiled.
+        ParityError: when called with ``verify``, the layer whose numbers are off.
+        MatchError, PlanError, CaptureError: as of :func:`moecompile.convert`, with ``plan``.
+    """
+    if model is None:
+        return functools.partial(
+            compile, plan=plan, calibration=calibration, mode=mode, fullgraph=fullgraph, dynamic=dynamic, weights=weights,
+            verify=verify, options=options, disable=disable, example_inputs=example_inputs,
+        )  # fmt: skip
+    chosen = CompileOptions(
+        mode=mode or "default",
+        weights=weights,
+        verify=verify,
+        fullgraph=fullgraph,
+        options=tuple((options or {}).items()),
+    )
+    if disable:
+        return model
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        _refuse_plan(plan, "a class")
+        return _compiled_class(model, chosen, dynamic)
+    if isinstance(model, nn.Module):
+        while isinstance(model, CompiledModule):  # compiled already: once more, from the module itself
+            model = model._moecompile.target
+        if plan is not None:
+            model = rewritten(model, plan, calibration, example_inputs)
+        if dynamic is None and isinstance(model, PreTrainedModel) and model.can_generate():
+            dynamic = True
+        return _compiled_module(model, chosen, dynamic)
+    if callable(model):
+        _refuse_plan(plan, "a function")
+        return _compiled_function(model, chosen, dynamic)
+    raise InputError(f"moecompile.compile takes a module or a function, not {type(model).__name__}")
+
+
+def _refuse_plan(plan: object, what: str) -> None:
+    if plan is not None:
+        raise InputError(f"plan= is for a module; {what} has no weights to split: compile the module itself")
+
+
+def rewritten(model: nn.Module, plan: MoEPlan | Recipe, calibration: Any, example_inputs: Any) -> nn.Module:
+    """A dense model with its FFNs split; everything else is the model's own. The graph where the module cannot hold a block."""
+    try:
+        result = convert(share(model), plan, calibration, inplace=True, example_inputs=example_inputs)
+    except MatchError as error:
+        if "form='graph'" not in str(error):
+            raise
+        logs.log("plan", f"{error}: rewritten in the captured graph")
+        result = convert(model, plan, calibration, form="graph", example_inputs=example_inputs)
+    for name, block in moe_blocks(result).items():
+        logs.log("plan", f"{name}: {block.extra_repr()}")
+    return result
+
+
+def compilation_of(compiled: Any) -> Compilation:
+    """What stands behind a compiled module or function.
+
+    Raises:
+        InputError: it was not compiled by :func:`compile`.
+    """
+    found = getattr(compiled, "_moecompile", None)
+    if not isinstance(found, Compilation):
+        raise InputError(f"{_name(compiled)} was not compiled by moecompile.compile")
+    return found

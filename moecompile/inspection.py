@@ -1,0 +1,90 @@
+"""Looking inside: what was compiled, the code that runs, a script that runs it alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .codegen import cpu
+from .compiled import Compilation, compilation_of
+from .errors import CompileError, InputError
+from .files import write_bytes
+from .records import GraphRecord, recent
+
+
+def last_graphs(compiled: Any = None) -> list[GraphRecord]:
+    """The graphs compiled so far, oldest first; each prints itself, and holds its passes with graphs and diffs.
+
+    Args:
+        compiled: what :func:`moecompile.compile` returned; None for the last graphs of the process, those of
+            ``torch.compile(..., backend="moecompile")`` included.
+
+    Raises:
+        InputError: it was not compiled by :func:`moecompile.compile`.
+    """
+    return list(recent) if compiled is None else list(compilation_of(compiled).records)
+
+
+def generated_code(compiled: Any = None) -> dict[str, str]:
+    """The code that runs, by name: ``kernel_...`` for generated kernels, ``graph_N`` for Inductor's code around them.
+
+    Args:
+        compiled: as for :func:`last_graphs`. Kernels are built at their first call.
+
+    Raises:
+        InputError: it was not compiled by :func:`moecompile.compile`.
+    """
+    graphs = last_graphs(compiled)
+    kernels = {name for record in graphs for layer in record.layers if (name := layer["backend"]) != "torch"}
+    code = {f"kernel_{spec.name}": source for spec, source in cpu.emitted().items()} if "cpu" in kernels else {}
+    for record in graphs:
+        if record.output_code:
+            code[f"graph_{record.number}"] = "\n".join(record.output_code)
+    return code
+
+
+def write_repro(compiled: Any, path: str | Path, graph: int = -1) -> Path:
+    """Write a script that compiles and runs one graph on random inputs of the same shapes, beside eager code.
+
+    Args:
+        compiled: what :func:`moecompile.compile` returned, after a call.
+        path: where to; an existing file is replaced.
+        graph: which of its graphs, by position.
+
+    Raises:
+        InputError: nothing was compiled yet, or there is no such graph.
+        CompileError: the graph cannot be written as a script.
+    """
+    from torch._dynamo.repro.after_dynamo import generate_dynamo_fx_repro_string
+
+    graphs = last_graphs(compiled)
+    if not graphs:
+        raise InputError("nothing was compiled yet: call the model first")
+    if not -len(graphs) <= graph < len(graphs):
+        raise InputError(f"there is no graph {graph}; {len(graphs)} were compiled")
+    record = graphs[graph]
+    try:
+        text = generate_dynamo_fx_repro_string(
+            record.original, [_blank(fact) for fact in record.inputs], "moecompile", check_accuracy=True, stable_output=True
+        )
+    except Exception as error:
+        raise CompileError(f"graph {record.number} cannot be written as a script: {error}") from error
+    head = f"# Graph {record.number} as it was traced; run: python {Path(path).name}\nimport moecompile\n"
+    write_bytes(Path(path), (head + text.lstrip()).encode())
+    return Path(path)
+
+
+def _blank(fact: Any) -> Any:
+    """An input of the recorded shape; never filled, so that it takes no memory."""
+    if not isinstance(fact, tuple):
+        return fact
+    shape, stride, dtype, device, wants_gradient = fact
+    tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return tensor.requires_grad_(wants_gradient)
+
+
+def lowering(compilation: Compilation) -> list[dict[str, Any]]:
+    """What became of each MoE layer, a row per graph and layer."""
+    return [{"graph": record.number, **layer} for record in compilation.records for layer in record.layers]

@@ -1,0 +1,34 @@
+"""Lower to Triton:  moe_ffn(..., backend="torch")  ->  moe_ffn(..., backend="triton") where tokens are on a GPU."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from ..codegen import triton_backend
+from .base import PassResult, clone
+from .match_experts import moe_nodes, operands_of, set_operands
+from .nodes import site_of, tensor_of
+
+
+class LowerTriton:
+    """Choose the generated Triton kernels for the routed experts; shared experts and the router stay matrix products there."""
+
+    name = "lower_triton"
+    requires = frozenset({"moe_ffn"})
+    ensures = frozenset({"triton"})
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        """The graph with GPU blocks lowered; one that no kernel can compute stays in torch operators, with the reason."""
+        result, lowered, notes = clone(graph_module), 0, []
+        for node in moe_nodes(result):
+            operands, x = operands_of(node), tensor_of(operands_of(node)["x"])
+            if x is None or x.device.type == "cpu":
+                continue
+            reason = triton_backend.unsupported(x.dtype, str(operands["activation"]))
+            if reason:
+                notes.append(f"{site_of(node)}: node {node.name}: plain torch operators: {reason}")
+                continue
+            set_operands(node, self.name, backend="triton")
+            lowered += 1
+        result.recompile()
+        return PassResult(result, lowered, tuple(notes))

@@ -1,0 +1,71 @@
+"""Match experts:  expert_ffn(x, ids, w, ...) -> moe_ffn(x, ids, w, ...), with unit weights left out."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from .. import lowered
+from ..ops import expert_ffn
+from .base import PassResult, clone
+from .nodes import erase_unread, inherit, meaning, site_of, tensor_of, through_casts
+
+EXPERT_FFN = expert_ffn._opoverload
+
+
+class MatchExperts:
+    """Put each routed FFN into the one form that the later passes complete and lower."""
+
+    name = "match_experts"
+    requires: frozenset[str] = frozenset({"folded"})
+    ensures = frozenset({"moe_ffn"})
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        """The graph with a ``moe_ffn`` for each ``expert_ffn``; one without routed tokens' values known is left, with a note."""
+        result, found, notes = clone(graph_module), 0, []
+        for node in list(result.graph.nodes):
+            if node.op != "call_function" or node.target not in (EXPERT_FFN, EXPERT_FFN.overloadpacket):
+                continue
+            x, ids, weights, up, down, up_bias, down_bias, activation, gated = node.args
+            chosen = tensor_of(ids)
+            if chosen is None or not isinstance(chosen.shape[-1], int):
+                notes.append(f"{site_of(node)}: node {node.name}: how many experts are chosen is not known at compile time")
+                continue
+            operands = dict.fromkeys(lowered.OPERANDS)
+            operands.update(
+                x=x, ids=ids, weights=None if _unit(weights) else weights, up=up, down=down, up_bias=up_bias,
+                down_bias=down_bias, top_k=int(chosen.shape[-1]), score="none", normalise=False, activation=activation,
+                gated=gated, weight_format="same", backend="torch",
+            )  # fmt: skip
+            with result.graph.inserting_before(node):
+                new = result.graph.call_function(lowered.moe_ffn, tuple(operands.values()))
+            inherit(new, node, self.name)
+            new.meta["moecompile_site"] = site_of(node)
+            node.replace_all_uses_with(new)
+            result.graph.erase_node(node)
+            erase_unread(result.graph, [weights])
+            found += 1
+        result.recompile()
+        return PassResult(result, found, tuple(notes))
+
+
+def _unit(weights: object) -> bool:
+    """Whether every routing weight is one: a split FFN's gates are binary."""
+    return isinstance(weights, Node) and meaning(through_casts(weights)) == "ones"
+
+
+def moe_nodes(graph_module: GraphModule) -> list[Node]:
+    """The ``moe_ffn`` nodes of a graph, in order."""
+    return [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target is lowered.moe_ffn]
+
+
+def operands_of(node: Node) -> dict[str, object]:
+    """A ``moe_ffn`` node's operands by name."""
+    return dict(zip(lowered.OPERANDS, node.args, strict=True))
+
+
+def set_operands(node: Node, step: str, **values: object) -> None:
+    """Change some of a ``moe_ffn`` node's operands, and note which pass did."""
+    operands = operands_of(node)
+    operands.update(values)
+    node.args = tuple(operands.values())  # type: ignore[assignment]
+    node.meta["moecompile"] = {"pass": step, "from": (node.name,)}

@@ -1,0 +1,126 @@
+"""Reading graphs of either origin: what a node computes, whether TorchDynamo (torch functions, methods) or torch.export (ATen)
+wrote it. Passes ask for a meaning (``linear``) and never for a spelling."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+functional = torch.nn.functional
+
+_SPELLINGS: dict[str, tuple[object, ...]] = {
+    "linear": (functional.linear, torch._C._nn.linear, aten.linear.default),
+    "topk": (torch.topk, "topk", aten.topk.default),
+    "softmax": (functional.softmax, torch.softmax, "softmax", aten.softmax.int, aten._softmax.default),
+    "sigmoid": (torch.sigmoid, functional.sigmoid, "sigmoid", aten.sigmoid.default),
+    "add": (operator.add, torch.add, "add", aten.add.Tensor),
+    "iadd": (operator.iadd, "add_", aten.add_.Tensor),
+    "mul": (operator.mul, torch.mul, "mul", aten.mul.Tensor),
+    "div": (operator.truediv, torch.div, "div", aten.div.Tensor),
+    "idiv": (operator.itruediv, "div_", aten.div_.Tensor),
+    "sum": (torch.sum, "sum", aten.sum.dim_IntList),
+    "item": (operator.getitem,),
+    "ones": (torch.ones_like, torch.ones, "new_ones", aten.ones_like.default, aten.ones.default, aten.new_ones.default),
+    "cast": ("to", "type", "float", "half", "bfloat16", "double", aten.to.dtype, aten._to_copy.default),
+    "dropout": (functional.dropout, torch.dropout, aten.dropout.default),
+    "reshape": ("reshape", "view", "flatten", torch.reshape, torch.flatten, aten.view.default, aten.reshape.default),
+}
+_MEANING = {spelling: meaning for meaning, spellings in _SPELLINGS.items() for spelling in spellings}
+
+
+def meaning(node: object) -> str:
+    """What a node computes, a key of the table above; empty when it is something else."""
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return ""
+    return _MEANING.get(node.target, "")
+
+
+def value_of(node: object) -> Any:
+    """The fake tensor (or other value) that the tracer recorded for a node, or None."""
+    return (node.meta.get("example_value", node.meta.get("val"))) if isinstance(node, Node) else None
+
+
+def tensor_of(node: object) -> Tensor | None:
+    """As :func:`value_of`, where it is a tensor."""
+    value = value_of(node)
+    return value if isinstance(value, Tensor) else None
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument that may be given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def through_casts(node: Any) -> Any:
+    """The node below any casts."""
+    while meaning(node) == "cast":
+        node = node.args[0]
+    return node
+
+
+def through_reshapes(node: Any) -> Any:
+    """The node below reshapes that keep the last dimension, so that rows stay tokens."""
+    while meaning(node) == "reshape":
+        source, before, after = node.args[0], tensor_of(node.args[0]), tensor_of(node)
+        if before is None or after is None or before.dim() == 0 or after.dim() == 0 or before.shape[-1] != after.shape[-1]:
+            return node
+        node = source
+    return node
+
+
+def site_of(node: Node) -> str:
+    """The module path that a node was traced in, as users know it; its own name where the tracer recorded none."""
+    if "moecompile_site" in node.meta:
+        return str(node.meta["moecompile_site"])
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in stack.values()]
+    for path in reversed(paths):
+        clean = readable(path)
+        if clean:
+            return clean.removesuffix(".experts")
+    return node.name
+
+
+def readable(path: str) -> str:
+    """``L['self']._modules['model'].layers.0.mlp`` -> ``model.layers.0.mlp``."""
+    for old, new in (("L['", ""), ("']._modules['", "."), ("._modules['", "."), ("']", ""), ("['", ".")):
+        path = path.replace(old, new)
+    parts = path.split(".")
+    while parts and parts[0] in ("self", "target", "module", "fn", "_orig_mod", ""):
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def inherit(new: Node, old: Node, step: str, *also: Node) -> Node:
+    """Give a new node the metadata of the one that it replaces, and note which pass made it of what."""
+    for key in ("example_value", "val", "tensor_meta", "nn_module_stack", "source_fn_stack", "stack_trace", "moecompile_site"):
+        if key in old.meta and key not in new.meta:
+            new.meta[key] = old.meta[key]
+    new.meta["moecompile"] = {"pass": step, "from": tuple(node.name for node in (old, *also))}
+    return new
+
+
+# Removed when nothing reads them. In-place spellings and unknown operators are not in it: they may write somewhere.
+_PURE = frozenset(_SPELLINGS) - {"iadd", "idiv"}
+
+
+def erase_unread(graph: Graph, nodes: Iterable[Any]) -> int:
+    """Erase nodes that nothing reads, and in turn what only they read; returns how many."""
+    pending, erased = [n for n in nodes if isinstance(n, Node)], 0
+    while pending:
+        node = pending.pop()
+        if node.users or meaning(node) not in _PURE or node._erased:
+            continue
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        erased += 1
+        pending += sources
+    return erased

@@ -1,0 +1,53 @@
+"""The pipeline: every pass that a compiled graph goes through, in order.
+
+| pass | rewrites |
+|---|---|
+| ``fold_constants`` | casts, reshapes and dropouts that change nothing |
+| ``match_experts`` | ``expert_ffn`` -> ``moe_ffn``, unit weights left out |
+| ``fuse_router`` | linear, softmax or sigmoid, top-k, normalisation -> ``route`` |
+| ``share_dispatch`` | one routing decision of several layers -> one ``dispatch`` |
+| ``merge_shared`` | shared experts and output biases -> into ``moe_ffn`` |
+| ``fuse_block`` | a layer's own ``route`` -> into ``moe_ffn`` |
+| ``dead_code`` | what nothing reads any more |
+| ``lower_triton``, ``lower_cpu`` | ``moe_ffn`` -> generated kernels |
+
+What is not an expert FFN is left to Inductor. A graph that is differentiated keeps ``expert_ffn``, which has gradients: it goes
+through ``fold_constants`` alone.
+"""
+
+from __future__ import annotations
+
+from .base import Pass
+from .dead_code import DeadCode
+from .fold_constants import FoldConstants
+from .fuse_block import FuseBlock
+from .fuse_router import FuseRouter
+from .lower_cpu import LowerCPU
+from .lower_triton import LowerTriton
+from .match_experts import MatchExperts
+from .merge_shared import MergeShared
+from .share_dispatch import ShareDispatch
+
+
+def inference_passes(weight_format: str = "same") -> list[Pass]:
+    """The passes of a graph that is not differentiated.
+
+    Args:
+        weight_format: ``same`` or ``int8``, how CPU kernels read the experts' weights.
+    """
+    return [
+        FoldConstants(),
+        MatchExperts(),
+        FuseRouter(),
+        ShareDispatch(),
+        MergeShared(),
+        FuseBlock(),
+        DeadCode(),
+        LowerTriton(),
+        LowerCPU(weight_format),
+    ]
+
+
+def training_passes() -> list[Pass]:
+    """The passes of a graph through which gradients flow."""
+    return [FoldConstants()]
