@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from .block import MoEFFN
@@ -62,4 +66,65 @@ def moe_costs(model: nn.Module, blocks: Sequence[MoEFFN], dense: dict[str, int])
         "flops_per_token": flops + _ROUTER_FLOPS * routed,
         "bytes": sum(p.numel() * p.element_size() for p in parameters),
         "bytes_dense": dense["bytes"],
+    }
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """What a device does at best, measured here: bytes read per second, float32 multiply-adds times two per second."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@cache
+def device_speed(device: str) -> DeviceSpeed:
+    """Measure a device (a third of a second): the sum of 256 MiB, and a 1024 x 1024 x 1024 matrix product; best of several."""
+    data = torch.ones(64 << 20, device=device)
+    square = torch.randn(1024, 1024, device=device)
+    return DeviceSpeed(data.numel() * 4 / _best(data.sum, device), 2 * 1024**3 / _best(lambda: square @ square, device))
+
+
+def _best(work: Any, device: str) -> float:
+    taken = []
+    for _ in range(6):
+        start = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def decode_bytes(model: nn.Module) -> int:
+    """Bytes of weights that one decoded token reads: of an embedding that is no output layer one row, of the experts the chosen."""
+    parameters = {id(p): p for p in model.parameters()}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and id(module.weight) not in linear:
+            parameters.pop(id(module.weight), None)
+    total = sum(p.numel() * p.element_size() for p in parameters.values())
+    for block in (m for m in model.modules() if isinstance(m, MoEFFN)):
+        experts = sum(p.numel() * p.element_size() for p in block.experts.parameters())
+        total -= round(experts * (1 - block.top_k / block.spec.experts)) if block.spec.experts else 0
+        if block.exact is not None:
+            total -= sum(p.numel() * p.element_size() for p in block.exact.parameters())
+    return total
+
+
+def floor_seconds(model: nn.Module) -> dict[str, float]:
+    """The device's floor: no decoded token can be faster than its weights are read, none of a prompt than it is computed.
+
+    Returns:
+        ``decode_seconds`` per token, ``prefill_seconds`` per token, ``bytes_per_second``, ``flops_per_second``.
+    """
+    parameter = next(iter(model.parameters()))
+    speed = device_speed(str(parameter.device))
+    read = decode_bytes(model)
+    return {
+        "decode_bytes": read,
+        "decode_seconds": read / speed.bytes_per_second,
+        "prefill_seconds": 2 * read / parameter.element_size() / speed.flops_per_second,
+        "bytes_per_second": speed.bytes_per_second,
+        "flops_per_second": speed.flops_per_second,
     }

@@ -1,14 +1,20 @@
-"""Explain: what moecompile would split in a model, and what stood in the way elsewhere. Nothing is changed or written."""
+"""Explain: what moecompile would split in a model or has split and compiled, and what stood in the way elsewhere. Nothing is
+changed or written."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from .apply import moe_blocks
 from .capture import capture
-from .costs import dense_costs
+from .compiled import CompiledModule
+from .costs import dense_costs, floor_seconds, moe_costs
+from .errors import CaptureError
+from .inspection import lowering
 from .match import match
 from .sites import FFNSite, Skipped
 
@@ -21,15 +27,22 @@ class Explanation:
         model: the model's class.
         sites: its FFNs in the order of execution.
         skipped: candidates that cannot be split, with node and reason.
-        costs: ``parameters``, ``ffn_parameters``, ``flops_per_token`` (of the FFNs), ``bytes``.
+        costs: ``parameters``, ``ffn_parameters``, ``flops_per_token`` (of the FFNs), ``bytes``; of a converted model those of
+            :func:`moecompile.costs.moe_costs`; ``floor``, the device's (:func:`moecompile.costs.floor_seconds`).
         dynamic: the dimensions of each input that stayed symbolic.
+        blocks: the MoE blocks of a converted model: ``name``, and their shape in words.
+        layers: of a compiled model, what became of each MoE layer in each graph compiled so far.
+        notes: of a compiled model, what was left alone or fell back, and why.
     """
 
     model: str
     sites: tuple[FFNSite, ...]
     skipped: tuple[Skipped, ...]
-    costs: dict[str, int]
+    costs: dict[str, Any]
     dynamic: dict[str, tuple[int, ...]]
+    blocks: tuple[dict[str, str], ...] = ()
+    layers: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
@@ -39,6 +52,9 @@ class Explanation:
             "skipped": [skipped.to_dict() for skipped in self.skipped],
             "costs": self.costs,
             "dynamic": {name: list(axes) for name, axes in self.dynamic.items()},
+            "blocks": list(self.blocks),
+            "layers": list(self.layers),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -60,28 +76,71 @@ class Explanation:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         share = self.costs["ffn_parameters"] / max(1, self.costs["parameters"])
-        head = (
-            f"{self.model}: {len(self.sites)} feed-forward networks, {self.costs['parameters'] / 1e6:.1f} M parameters, "
-            f"{share:.0%} of them in the FFNs"
-        )
-        lines = [head, *lines] if self.sites else [f"{self.model}: no feed-forward network found"]
-        lines += [f"graph only: {s.name}: {s.refusal}" for s in self.sites if not s.placement]
-        lines += [f"skipped: {k.name}, node {k.node}: {k.reason}" for k in self.skipped]
-        return "\n".join(lines)
+        head = f"{self.model}: {len(self.sites)} feed-forward networks, {self.costs['parameters'] / 1e6:.1f} M parameters"
+        if self.blocks:
+            text = [f"{self.model}: {len(self.blocks)} MoE blocks, {self.costs['parameters'] / 1e6:.1f} M parameters"]
+            text += [f"  {block['name']}: {block['shape']}" for block in self.blocks]
+            text += lines if self.sites else []
+        else:
+            text = [f"{head}, {share:.0%} of them in the FFNs", *lines] if self.sites else [f"{self.model}: no feed-forward network found"]
+        text += [f"graph only: {s.name}: {s.refusal}" for s in self.sites if not s.placement]
+        text += [f"skipped: {k.name}, node {k.node}: {k.reason}" for k in self.skipped]
+        for graph in dict.fromkeys(layer["graph"] for layer in self.layers):
+            here = [layer for layer in self.layers if layer["graph"] == graph]
+            kinds = Counter("{backend} kernel, top_k {top_k}, {weight_format} weights, router {router}".format(**x) for x in here)
+            text += [f"compiled graph {graph}: {count} layers: {kind}" for kind, count in kinds.items()]
+        text += [f"note: {note}" for note in self.notes]
+        return "\n".join([*text, *self._cost_lines()])
+
+    def _cost_lines(self) -> list[str]:
+        costs, floor = self.costs, self.costs["floor"]
+        dense = f" (dense {costs['flops_per_token_dense'] / 1e6:.1f})" if "flops_per_token_dense" in costs else ""
+        return [
+            f"costs: {costs['bytes'] / 2**20:.1f} MiB of weights, {costs['flops_per_token'] / 1e6:.1f} MFLOP per token in the FFNs{dense}",
+            f"floor of this device ({floor['bytes_per_second'] / 1e9:.1f} GB/s, {floor['flops_per_second'] / 1e9:.0f} GFLOP/s): "
+            f"decoding reads {floor['decode_bytes'] / 2**20:.1f} MiB per token: {floor['decode_seconds'] * 1e3:.2f} ms at least",
+        ]
 
 
 def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
-    """Capture a model and say which FFNs it has.
+    """Say which FFNs a model has, which MoE blocks, and what became of them where it is compiled.
 
     Args:
         model: any module, looked at in its present mode (an active dropout is a reason to skip).
         example_inputs: as for :func:`moecompile.capture.capture`; guessed for transformers models.
 
     Raises:
-        CaptureError: the model cannot be captured.
+        CaptureError: the model cannot be captured, and is not converted.
     """
-    captured = capture(model, example_inputs)
-    matched = match(captured)
+    compilation = model._moecompile if isinstance(model, CompiledModule) else None
+    module = compilation.target if compilation is not None else model
+    blocks = moe_blocks(module)
+    sites: tuple[FFNSite, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    dynamic: dict[str, tuple[int, ...]] = {}
+    try:
+        captured = capture(module, example_inputs)
+        matched = match(captured)
+        sites, dynamic = matched.sites, dict(captured.dynamic)
+        # A block's router and shared expert are linear layers too, and no news.
+        skipped = tuple(k for k in matched.skipped if not any(k.name.startswith(name) for name in blocks))
+    except CaptureError:
+        if not blocks and compilation is None:
+            raise
+    costs: dict[str, Any] = dict(dense_costs(module, sites))
+    plan = getattr(module, "moecompile_plan", None)
+    if blocks and plan is not None:
+        dense = dense_costs(module, [planned.site for planned in plan.sites])
+        costs = moe_costs(module, list(blocks.values()), dense)
+        del costs["parameters_dense"], costs["bytes_dense"]
+    costs["floor"] = floor_seconds(module)
     return Explanation(
-        type(model).__name__, matched.sites, matched.skipped, dense_costs(model, matched.sites), dict(captured.dynamic)
+        type(module).__name__,
+        tuple(site for site in sites if not any(site.name.startswith(name) for name in blocks)),
+        skipped,
+        costs,
+        dynamic,
+        tuple({"name": name, "shape": block.extra_repr()} for name, block in blocks.items()),
+        tuple(lowering(compilation)) if compilation is not None else (),
+        tuple(note for record in compilation.records for note in record.notes) if compilation is not None else (),
     )

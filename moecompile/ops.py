@@ -100,16 +100,18 @@ def expert_ffn(
     out = x.new_zeros(x.shape, dtype=_accumulator(x))
     order, counts = _by_expert(ids, experts)
     token_of, weight_of = order // chosen, weights.reshape(-1)[order].unsqueeze(-1)
+    everyone = torch.arange(tokens, device=x.device)
     start = 0
     for expert, count in enumerate(counts):
         if count:
             here = token_of[start : start + count]
-            rows = x if count == tokens else x[here]  # a token chooses an expert once, so all of them are x in order
+            whole = count == tokens and torch.equal(here, everyone)  # no need to gather
+            rows = x if whole else x[here]
             pre = torch.nn.functional.linear(rows, up[expert], None if up_bias is None else up_bias[expert])
             h = _hidden(pre, activation, gated)
             y = torch.nn.functional.linear(h, down[expert], None if down_bias is None else down_bias[expert])
             y = (y * weight_of[start : start + count]).to(out.dtype)
-            if count == tokens:
+            if whole:
                 out.add_(y)
             else:
                 out.index_add_(0, here, y)
@@ -149,7 +151,7 @@ def expert_ffn_backward(
     experts, width = up.shape[0], down.shape[2]
     act, wide = Activation(activation), _accumulator(x)
     gx = x.new_zeros(x.shape, dtype=wide) if needs[0] else x.new_empty(_EMPTY)
-    gweights = torch.zeros_like(weights) if needs[1] else weights.new_empty(_EMPTY)
+    gweights = weights.new_zeros(weights.shape) if needs[1] else weights.new_empty(_EMPTY)
     gup = torch.zeros_like(up) if needs[2] else up.new_empty(_EMPTY)
     gdown = torch.zeros_like(down) if needs[3] else down.new_empty(_EMPTY)
     gup_bias = torch.zeros_like(up_bias) if needs[4] and up_bias is not None else up.new_empty(_EMPTY)

@@ -28,7 +28,8 @@ from .ops import expert_ffn
 NAME = "moecompile"
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_OWN_GATE = "transformers.integrations.moe"  # where the gate act(g) * u is defined; a model's own gate is defined elsewhere
+_MARKS = {"config", "has_gate", "has_bias", "is_transposed", "is_concatenated"}  # what the decorator sets on a module
+_USUAL_GATE = "transformers.integrations.moe"  # where act(gate) * up is defined; a model's own gate is defined elsewhere
 _unregistered: str | None = "the experts implementation is not registered: call register_experts()"
 _told: set[tuple[type, str]] = set()
 # Modules found to be served, with their act_fn at that time and its name. Without it a call spent 15 us on the checks.
@@ -108,8 +109,8 @@ def refused_experts(model: nn.Module) -> dict[str, str]:
 class ExpertsSwitch:
     """Sets ``"moecompile"`` for a model while it is entered, and what was set before when it is left.
 
-    The configurations are looked up once, so that entering it at each forward call costs next to nothing (15 us). It
-    may be entered again while it is entered. Configurations that only refused experts read are left alone.
+    The configurations are looked up once, so that it may be entered at each forward call (15 us for one configuration), and
+    again while it is entered. Configurations that only refused experts read are left alone.
 
     Args:
         model: any module; its experts are found at any depth, with sub-configurations of their own or not.
@@ -146,13 +147,7 @@ def using_moecompile_experts(model: nn.Module) -> Iterator[None]:
 def _experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path, module) of all modules that ask transformers for an experts implementation."""
     for path, module in model.named_modules():
-        marks = vars(module)
-        if (
-            "has_gate" in marks
-            and "is_transposed" in marks
-            and "config" in marks
-            and hasattr(type(module).forward, "__wrapped__")
-        ):
+        if vars(module).keys() >= _MARKS and hasattr(type(module).forward, "__wrapped__"):
             yield path, module
 
 
@@ -203,7 +198,7 @@ def _refusal(module: Any) -> str | None:
         return "its experts are spread over processes (expert parallel), and ids may name experts of another one"
     if (reason := _weights_refusal(module)) is not None:
         return reason
-    if module.has_gate and getattr(type(module)._apply_gate, "__module__", "") != _OWN_GATE:
+    if module.has_gate and getattr(type(module)._apply_gate, "__module__", "") != _USUAL_GATE:
         return "it has a gate of its own (_apply_gate), which is not act(gate) * up"
     if module.has_gate and not module.is_concatenated:
         return "its gate and up rows are interleaved; the operator wants all gate rows first"

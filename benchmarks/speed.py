@@ -1,0 +1,324 @@
+"""Decode and prefill of a converted model beside dense, beside a static narrow model, beside transformers' experts; one run.
+
+    python benchmarks/speed.py [--dtype float32 bfloat16] [--output benchmarks/results]
+
+Every system of a table is compiled first; then rounds go through all of them in turn, so that a slow minute of the machine hits
+all alike. Medians over rounds; ``speedup`` is over dense in the same dtype. Rows:
+
+    dense              the model under torch.compile (Inductor)
+    static 1/2, 1/4    a dense model of half, a quarter of the FFN width under torch.compile: the practical ceiling
+    ours 50 %, 25 %    the split model under moecompile.compile; with int8, the experts' weights are read as int8
+    batched_mm, ...    the same split, the same weights and router, experts by transformers' implementations, torch.compile
+
+The limit beside a decode row counts bytes: weights that dense must read per token over those that the row must read. The limit
+beside a prefill row counts multiply-adds. Quality does not enter here: neurons are split in stored order, routers are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import moecompile
+from moecompile.block import Experts
+from moecompile.files import write_bytes
+from moecompile.hub import load_dense
+from moecompile.overlay import share
+from moecompile.plans import MoEPlan
+from moecompile.recipes import Contiguous
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from fetch_model import fetch  # noqa: E402
+
+PROMPT = 128  # tokens in the cache when decoding starts
+Step = Callable[[], None]
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def split(dense: nn.Module, shared: int, experts: int, top_k: int) -> nn.Module:
+    """A split of the dense model whose routers are random: every token chooses other experts."""
+    plan: MoEPlan = moecompile.plan(dense, Contiguous(experts=experts, shared=shared, top_k=top_k))
+    moe = moecompile.convert(dense, plan)
+    generator = torch.Generator().manual_seed(0)
+    for block in moecompile.moe_blocks(moe).values():
+        block.router.weight.data = torch.randn(block.router.weight.shape, generator=generator)
+    return moe.eval()
+
+
+def narrow(dense: Any, share: float) -> Any:
+    """A dense model with the first share of every FFN's neurons: what a static split of that size costs."""
+    config = copy.deepcopy(dense.config)
+    config.intermediate_size = int(config.intermediate_size * share)
+    small = type(dense)(config)
+    state = dense.state_dict()
+    for name, tensor in small.state_dict().items():
+        full = state[name]
+        tensor.copy_(full[tuple(slice(0, size) for size in tensor.shape)])
+    return small.eval()
+
+
+class PeerExperts(nn.Module):
+    """The split's experts as transformers' implementations want them; its eager loop is Mixtral's."""
+
+    def __init__(self, experts: Experts, implementation: str) -> None:
+        super().__init__()
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        self.gate_up_proj, self.down_proj = experts.up, nn.Parameter(experts.down_proj.detach().contiguous(), False)
+        self.num_experts, self.act_fn = experts.up.shape[0], nn.SiLU()
+        self.has_gate, self.has_bias, self.is_transposed, self.is_concatenated = True, False, False, True
+        self.has_post_expert_norm = self._is_expert_parallel = False
+        self.config = type("Config", (), {"_experts_implementation": implementation})()
+        eager = getattr(MixtralExperts.forward, "__wrapped__", None)
+        if implementation == "eager" and eager is None:
+            raise RuntimeError("transformers' eager experts were not found")
+        self.function = eager if implementation == "eager" else ALL_EXPERTS_FUNCTIONS[implementation]
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """(T, D), (T, K), (T, K) -> (T, D)."""
+        return self.function(self, x, ids, weights)
+
+
+def peer(moe: nn.Module, implementation: str) -> nn.Module:
+    """The split model with its experts computed by transformers."""
+    twin = share(moe)
+    for block in moecompile.moe_blocks(twin).values():
+        block.experts = PeerExperts(block.experts, implementation)
+    return twin
+
+
+def decoder(model: Any, call: Any, vocabulary: int) -> Step:
+    """One decoded token at batch 1 behind a prompt; the cache is cut back every 32 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(0, vocabulary, (1, PROMPT), generator=generator)
+    cache = DynamicCache(config=model.config)
+    call(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    tokens = torch.randint(0, vocabulary, (64, 1, 1), generator=generator)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        if cache.get_seq_length() >= PROMPT + 32:
+            cache.crop(PROMPT - cache.get_seq_length())
+        call(input_ids=tokens[count % 64], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        count += 1
+
+    return step
+
+
+def prefiller(call: Any, vocabulary: int, length: int) -> Step:
+    """One prompt, as generate() runs it: the last position's logits."""
+    prompt = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(2))
+
+    def step() -> None:
+        call(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+    return step
+
+
+def measure(steps: dict[str, Step], rounds: int, repeat: int) -> dict[str, float]:
+    """Median seconds per step over rounds; within a round each system takes ``repeat`` steps, of which the median counts."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        for _ in range(4):
+            step()
+        say(f"    warm: {name}")
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times = []
+            for _ in range(repeat):
+                start = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - start)
+            taken[name].append(statistics.median(times))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def sizes(model: Any, active: float) -> tuple[float, float]:
+    """(parameters read per decoded token, multiply-adds per prompt token without the head) at an active share of the FFNs."""
+    config = model.config
+    ffn = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    head = config.vocab_size * config.hidden_size
+    attention = sum(p.numel() for n, p in model.named_parameters() if "self_attn" in n)
+    return attention + head + active * ffn, attention + active * ffn
+
+
+@contextlib.contextmanager
+def fresh() -> Iterator[None]:
+    """Compiled code of one table is forgotten before the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+
+
+def systems(dense: Any, dtype: torch.dtype, peers: bool) -> dict[str, tuple[Any, Any, float, float]]:
+    """name -> (model, what is called, active share of the FFNs, bytes per FFN weight over the dtype's)."""
+    dense = copy.deepcopy(dense).to(dtype)
+    chosen: dict[str, tuple[Any, Any, float, float]] = {"dense": (dense, torch.compile(dense, dynamic=True), 1.0, 1.0)}
+    for name, share in (("static 1/2", 0.5), ("static 1/4", 0.25)):
+        small = narrow(dense, share).to(dtype)
+        chosen[name] = (small, torch.compile(small, dynamic=True), share, 1.0)
+    splits = {"75 %": (16, 48, 32, 0.75), "50 %": (16, 48, 16, 0.5), "25 %": (8, 56, 8, 0.25)}
+    for name, (shared, experts, top_k, share) in splits.items():
+        moe = split(dense, shared, experts, top_k)
+        if peers and name != "75 %":
+            base = copy.deepcopy(moe)  # ours lays its weights out anew
+            for implementation in ("eager", "batched_mm", "grouped_mm"):
+                other = peer(base, implementation)
+                chosen[f"{implementation} {name}"] = (other, torch.compile(other, dynamic=True), share, 1.0)
+        chosen[f"ours {name}"] = (moe, moecompile.compile(moe), share, 1.0)
+        if name == "50 %":
+            chosen[f"ours {name}, int8"] = (moe, moecompile.compile(moe, weights="int8"), share, 1 / dtype.itemsize)
+    return chosen
+
+
+def table(dense: Any, dtype: torch.dtype, phase: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one phase in one dtype."""
+    rows = []
+    name_of = str(dtype).removeprefix("torch.")
+    with fresh(), torch.no_grad():
+        chosen = systems(dense, dtype, not options.no_peers)
+        vocabulary = dense.config.vocab_size
+        if phase == "decode":
+            steps = {name: decoder(model, call, vocabulary) for name, (model, call, *_) in chosen.items()}
+            seconds = measure(steps, options.rounds, 16)
+        else:
+            steps = {name: prefiller(call, vocabulary, options.prefill) for name, (_, call, *_) in chosen.items()}
+            seconds = measure(steps, options.rounds, 1)
+        full = sizes(dense, 1.0)
+        for name, (_, _, active, width) in chosen.items():
+            own = sizes(dense, active)
+            ffn = own[0] - sizes(dense, 0.0)[0]
+            limit = full[0] / (own[0] - ffn * (1 - width)) if phase == "decode" else full[1] / own[1]
+            tokens = 1 if phase == "decode" else options.prefill
+            rows.append(
+                {
+                    "system": name, "phase": phase, "dtype": name_of, "batch": 1, "tokens": tokens,
+                    "seconds": seconds[name], "tokens_per_second": tokens / seconds[name],
+                    "speedup": seconds["dense"] / seconds[name], "limit": limit,
+                }
+            )  # fmt: skip
+    return rows
+
+
+COMPILE = """
+import sys, time, torch, moecompile
+torch.set_num_threads({threads})
+model = moecompile.load({path!r}).eval()
+ids = torch.randint(0, 1000, (1, 12))
+fast = moecompile.compile(model)
+start = time.perf_counter()
+with torch.no_grad():
+    out = fast(input_ids=ids, use_cache=True)
+    for _ in range(2):
+        out = fast(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
+print(time.perf_counter() - start, len(moecompile.last_graphs(fast)))
+"""
+
+
+def compile_seconds(dense: Any) -> dict[str, float]:
+    """Seconds until the first decoded token in a new process: with an empty cache, and with a filled one."""
+    with tempfile.TemporaryDirectory() as folder:
+        moe = split(dense, 16, 48, 16)
+        moecompile.save(moe, Path(folder) / "moe")
+        script = COMPILE.format(threads=torch.get_num_threads(), path=str(Path(folder) / "moe"))
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "cache")}
+        found = {}
+        for name in ("cold", "warm"):
+            command = [sys.executable, "-c", script]
+            printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
+            found[name], found["graphs"] = float(printed[-2]), float(printed[-1])
+            say(f"  compile, {name}: {found[name]:.1f} s")
+        return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables as text."""
+    lines = [f"# Speed: {result['model']}, {result['machine']}", ""]
+    lines += [f"{result['date']}; torch {result['torch']}, transformers {result['transformers']}, {result['threads']} threads."]
+    if compiled := result.get("compile_seconds"):
+        lines += [f"Compile time of the 50 % model: cold {compiled['cold']:.1f} s, warm {compiled['warm']:.1f} s "]
+        lines[-1] += f"({compiled['graphs']:.0f} graphs: prefill and decode)."
+    groups = dict.fromkeys((row["phase"], row["dtype"]) for row in result["rows"])
+    for phase, dtype in groups:
+        rows = [row for row in result["rows"] if (row["phase"], row["dtype"]) == (phase, dtype)]
+        tokens = f"{rows[0]['tokens']} tokens" if phase == "prefill" else "batch 1"
+        lines += ["", f"## {phase}, {tokens}, {dtype}", "", "| system | ms | tokens/s | over dense | limit |", "|---|---|---|---|---|"]
+        for row in rows:
+            lines.append(
+                f"| {row['system']} | {row['seconds'] * 1e3:.1f} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f} | "
+                f"{row['limit']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """The processor's name and number of cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        text = Path("/proc/cpuinfo").read_text()
+        name = text.split("model name")[1].split(":")[1].splitlines()[0].strip()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--phase", nargs="+", choices=("decode", "prefill"), default=["decode", "prefill"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prefill", type=int, default=512, metavar="L", help="tokens of the prompt (default: 512)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers' experts out")
+    parser.add_argument("--no-compile-time", action="store_true", help="do not measure how long compiling takes")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dense = load_dense(str(fetch())).float().eval()
+    result: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct", "machine": machine(), "threads": options.threads, "date": str(date.today()),
+        "torch": torch.__version__, "transformers": transformers.__version__, "rounds": options.rounds, "rows": [],
+    }  # fmt: skip
+    if not options.no_compile_time:
+        result["compile_seconds"] = compile_seconds(dense)
+    for dtype in options.dtype:
+        for phase in options.phase:
+            say(f"  {phase}, {dtype}")
+            result["rows"] += table(dense, getattr(torch, dtype), phase, options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_bytes(options.output / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_bytes(options.output / "speed.md", markdown(result).encode())
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
