@@ -139,8 +139,8 @@ class MoEFFN(nn.Module):
     their dense order, so that sums are taken as the dense model takes them (summed by expert, the logits of a real 135 M model
     were off by up to 1.8e-4, its own float32 noise).
 
-    ``prefill_top_k`` is the same dial for whole sequences alone, None while they follow ``top_k``: input (..., L, D) with L > 1 is
-    the prompt (prefill), L = 1 is decoding; input (T, D) has no sequences and follows ``top_k``.
+    ``prefill_top_k`` is the same dial for whole sequences alone, None while they follow ``top_k``: input (..., L, D) with
+    L > 1 is the prompt (prefill), L = 1 is decoding; input (T, D) has no sequences and follows ``top_k``.
 
     Buffers: ``place`` (F,) int64, where each dense neuron is stored: the shared ones first, then I places for each expert.
     """

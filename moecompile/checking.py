@@ -139,7 +139,9 @@ def check_blocks(model: nn.Module) -> int:
         worst = float((dense - routed).abs().max()) / scale
         allowed = 256 * torch.finfo(like.dtype).eps
         if not worst <= allowed:
-            raise ParityError(f"{name}: all experts on, the block differs from the sum of its experts by {worst:.1e} (relative)")
+            raise ParityError(
+                f"{name}: all experts on, the block differs from the sum of its experts by {worst:.1e} (relative)"
+            )
     return checked
 
 
@@ -150,4 +152,3 @@ def _all_routed(block: MoEFFN, x: Tensor) -> Tensor:
         parts.append(block.experts(x, everyone, torch.ones_like(everyone, dtype=x.dtype)))
     y = sum(parts[1:], parts[0])
     return y if block.bias is None else y + block.bias
-

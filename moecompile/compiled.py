@@ -122,7 +122,7 @@ def _down_projections(module: nn.Module) -> Iterator[nn.Parameter]:
     for block in moe_blocks(module).values():
         yield block.experts.down_proj
         if block.shared is not None:
-            yield block.shared.down_proj.weight
+            yield cast(nn.Parameter, block.shared.down_proj.weight)
     for experts in stock_experts(module).values():
         yield cast(nn.Parameter, experts.down_proj)
 

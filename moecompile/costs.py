@@ -97,7 +97,7 @@ def _best(work: Any, device: str) -> float:
 
 
 def decode_bytes(model: nn.Module) -> int:
-    """Bytes of weights that one decoded token reads: of an embedding that is no output layer one row, of the experts the chosen."""
+    """Bytes of weights that one decoded token reads: of the experts the chosen, of an input embedding none."""
     parameters = {id(p): p for p in model.parameters()}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for module in model.modules():

@@ -82,12 +82,18 @@ class Explanation:
             text += [f"  {block['name']}: {block['shape']}" for block in self.blocks]
             text += lines if self.sites else []
         else:
-            text = [f"{head}, {share:.0%} of them in the FFNs", *lines] if self.sites else [f"{self.model}: no feed-forward network found"]
+            text = (
+                [f"{head}, {share:.0%} of them in the FFNs", *lines]
+                if self.sites
+                else [f"{self.model}: no feed-forward network found"]
+            )
         text += [f"graph only: {s.name}: {s.refusal}" for s in self.sites if not s.placement]
         text += [f"skipped: {k.name}, node {k.node}: {k.reason}" for k in self.skipped]
         for graph in dict.fromkeys(layer["graph"] for layer in self.layers):
             here = [layer for layer in self.layers if layer["graph"] == graph]
-            kinds = Counter("{backend} kernel, top_k {top_k}, {weight_format} weights, router {router}".format(**x) for x in here)
+            kinds = Counter(
+                "{backend} kernel, top_k {top_k}, {weight_format} weights, router {router}".format(**x) for x in here
+            )
             text += [f"compiled graph {graph}: {count} layers: {kind}" for kind, count in kinds.items()]
         text += [f"note: {note}" for note in self.notes]
         return "\n".join([*text, *self._cost_lines()])
@@ -95,10 +101,12 @@ class Explanation:
     def _cost_lines(self) -> list[str]:
         costs, floor = self.costs, self.costs["floor"]
         dense = f" (dense {costs['flops_per_token_dense'] / 1e6:.1f})" if "flops_per_token_dense" in costs else ""
+        flops, speed = f"{costs['flops_per_token'] / 1e6:.1f} MFLOP per token in the FFNs", floor["bytes_per_second"] / 1e9
+        device = f"floor of this device ({speed:.1f} GB/s, {floor['flops_per_second'] / 1e9:.0f} GFLOP/s)"
+        read = f"decoding reads {floor['decode_bytes'] / 2**20:.1f} MiB per token"
         return [
-            f"costs: {costs['bytes'] / 2**20:.1f} MiB of weights, {costs['flops_per_token'] / 1e6:.1f} MFLOP per token in the FFNs{dense}",
-            f"floor of this device ({floor['bytes_per_second'] / 1e9:.1f} GB/s, {floor['flops_per_second'] / 1e9:.0f} GFLOP/s): "
-            f"decoding reads {floor['decode_bytes'] / 2**20:.1f} MiB per token: {floor['decode_seconds'] * 1e3:.2f} ms at least",
+            f"costs: {costs['bytes'] / 2**20:.1f} MiB of weights, {flops}{dense}",
+            f"{device}: {read}: {floor['decode_seconds'] * 1e3:.2f} ms at least",
         ]
 
 

@@ -89,7 +89,8 @@ def dispatch(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         ids: (T, K) int64.
 
     Returns:
-        order (T*K,): positions in ``ids.flatten()``, by expert, then by token; offsets (N+1,): where each expert's begin. int64.
+        order (T*K,): positions in ``ids.flatten()``, by expert, then by token; offsets (N+1,): where each expert's begin;
+        int64 both.
     """
     flat, order = torch.sort(ids.reshape(-1), stable=True)
     offsets = torch.searchsorted(flat, torch.arange(experts + 1, device=ids.device, dtype=ids.dtype))

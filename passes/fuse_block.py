@@ -28,7 +28,9 @@ class FuseBlock:
                 continue
             x, weight, bias, top_k, score, normalise = route.args
             readers = {reader for item in route.users for reader in item.users}
-            if weights is not None and not (isinstance(weights, Node) and meaning(weights) == "item" and weights.args[0] is route):
+            if weights is not None and not (
+                isinstance(weights, Node) and meaning(weights) == "item" and weights.args[0] is route
+            ):
                 notes.append(f"{site_of(node)}: node {weights}: the weights are changed on their way")
                 continue
             if x is not operands["x"] or readers != {node}:

@@ -63,7 +63,13 @@ def find_router(ids: Node) -> Router | str:
     k, last = argument(topk, 1, "k"), argument(topk, 2, "dim", -1)
     scores = topk.args[0]
     shape = tensor_of(scores)
-    if not isinstance(k, int) or shape is None or shape.dim() != 2 or last not in (-1, 1) or not argument(topk, 3, "largest", True):
+    if (
+        not isinstance(k, int)
+        or shape is None
+        or shape.dim() != 2
+        or last not in (-1, 1)
+        or not argument(topk, 3, "largest", True)
+    ):
         return "the top-k is not over the experts of each token"
     score, below = "none", through_casts(scores)
     if meaning(below) in ("softmax", "sigmoid"):
@@ -132,4 +138,3 @@ def _replace(result: GraphModule, found: Router, step: str) -> None:
         graph.erase_node(found.weights)
         erase_unread(graph, [total])
     erase_unread(graph, [found.weights, found.ids])
-

@@ -28,7 +28,7 @@ class LowerCPU:
         self.weight_format = weight_format
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
-        """The graph with CPU blocks lowered; one whose type or activation no kernel has stays in torch operators, with the reason."""
+        """The graph with CPU blocks lowered; one that no kernel can compute stays in torch operators, with the reason."""
         result, lowered, notes = clone(graph_module), 0, []
         for node in moe_nodes(result):
             operands, x = operands_of(node), tensor_of(operands_of(node)["x"])

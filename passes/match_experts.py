@@ -20,7 +20,7 @@ class MatchExperts:
     ensures = frozenset({"moe_ffn"})
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
-        """The graph with a ``moe_ffn`` for each ``expert_ffn``; one without routed tokens' values known is left, with a note."""
+        """The graph with a ``moe_ffn`` for each ``expert_ffn``; one whose K is not known is left, with a note."""
         result, found, notes = clone(graph_module), 0, []
         for node in list(result.graph.nodes):
             if node.op != "call_function" or node.target not in (EXPERT_FFN, EXPERT_FFN.overloadpacket):
