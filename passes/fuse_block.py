@@ -19,6 +19,8 @@ class FuseBlock:
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """The graph with routers inside ``moe_ffn``; a shared or foreign routing decision stays outside, with a note."""
+        if not moe_nodes(graph_module):
+            return PassResult(graph_module, 0)
         result, fused, notes = clone(graph_module), 0, []
         for node in moe_nodes(result):
             operands = operands_of(node)

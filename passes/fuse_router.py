@@ -38,6 +38,8 @@ class FuseRouter:
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """The graph with a ``route`` for each router of a ``moe_ffn``; one that cannot be fused is left, with the reason."""
+        if not moe_nodes(graph_module):
+            return PassResult(graph_module, 0)
         result, fused, notes = clone(graph_module), 0, []
         done: set[Node] = set()
         for node in moe_nodes(result):

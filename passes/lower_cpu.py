@@ -29,6 +29,8 @@ class LowerCPU:
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """The graph with CPU blocks lowered; one that no kernel can compute stays in torch operators, with the reason."""
+        if not moe_nodes(graph_module):
+            return PassResult(graph_module, 0)
         result, lowered, notes = clone(graph_module), 0, []
         for node in moe_nodes(result):
             operands, x = operands_of(node), tensor_of(operands_of(node)["x"])

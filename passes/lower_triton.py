@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..codegen import triton_backend
 from .base import PassResult, clone
@@ -19,10 +19,12 @@ class LowerTriton:
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """The graph with GPU blocks lowered; one that no kernel can compute stays in torch operators, with the reason."""
+        if not any(_off_cpu(node) for node in moe_nodes(graph_module)):
+            return PassResult(graph_module, 0)
         result, lowered, notes = clone(graph_module), 0, []
         for node in moe_nodes(result):
             operands, x = operands_of(node), tensor_of(operands_of(node)["x"])
-            if x is None or x.device.type == "cpu":
+            if x is None or not _off_cpu(node):
                 continue
             reason = triton_backend.unsupported(x.dtype, str(operands["activation"]))
             if reason:
@@ -32,3 +34,8 @@ class LowerTriton:
             lowered += 1
         result.recompile()
         return PassResult(result, lowered, tuple(notes))
+
+
+def _off_cpu(node: Node) -> bool:
+    x = tensor_of(operands_of(node)["x"])
+    return x is not None and x.device.type != "cpu"

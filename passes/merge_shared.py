@@ -35,6 +35,8 @@ class MergeShared:
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """The graph with shared experts and output biases inside ``moe_ffn``; what cannot be merged is left, with a note."""
+        if not moe_nodes(graph_module):
+            return PassResult(graph_module, 0)
         result, merged, notes = clone(graph_module), 0, []
         for node in moe_nodes(result):
             while True:

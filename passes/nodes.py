@@ -112,12 +112,17 @@ def inherit(new: Node, old: Node, step: str, *also: Node) -> Node:
 _PURE = frozenset(_SPELLINGS) - {"iadd", "idiv"}
 
 
+def is_unread(node: Node) -> bool:
+    """Whether nothing reads a node, and it is known to write nowhere."""
+    return not node.users and meaning(node) in _PURE
+
+
 def erase_unread(graph: Graph, nodes: Iterable[Any]) -> int:
     """Erase nodes that nothing reads, and in turn what only they read; returns how many."""
     pending, erased = [n for n in nodes if isinstance(n, Node)], 0
     while pending:
         node = pending.pop()
-        if node.users or meaning(node) not in _PURE or node._erased:
+        if node._erased or not is_unread(node):
             continue
         sources = node.all_input_nodes
         graph.erase_node(node)

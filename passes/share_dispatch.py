@@ -27,6 +27,8 @@ class ShareDispatch:
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """The graph without repeated routes, and with a dispatch where at least two layers share the choice."""
+        if not _anything_shared(graph_module):
+            return PassResult(graph_module, 0)
         result = clone(graph_module)
         changed = _merge_routes(result)
         groups: dict[tuple[Node, int], list[Node]] = defaultdict(list)
@@ -56,6 +58,12 @@ class ShareDispatch:
             changed += len(nodes)
         result.recompile()
         return PassResult(result, changed)
+
+
+def _anything_shared(graph_module: GraphModule) -> bool:
+    choices = [ids for node in moe_nodes(graph_module) if (ids := operands_of(node)["ids"]) is not None]
+    routes = [node.args for node in graph_module.graph.nodes if node.op == "call_function" and node.target is lowered.route]
+    return len(set(choices)) < len(choices) or len(set(routes)) < len(routes)
 
 
 def _merge_routes(result: GraphModule) -> int:
