@@ -36,7 +36,11 @@ setup(
         "moecompile.passes": "passes",
         "moecompile.codegen": "codegen",
     },
-    package_data={"moecompile": ["py.typed"], "moecompile.report": ["*.jinja", "*.css"]},
+    package_data={
+        "moecompile": ["py.typed"],
+        "moecompile.report": ["*.jinja", "*.css"],
+        "moecompile.codegen": ["templates/*.jinja"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "transformers>=5.17,<5.24",

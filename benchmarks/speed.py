@@ -47,7 +47,7 @@ from moecompile.plans import MoEPlan
 from moecompile.recipes import Contiguous
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from fetch_model import fetch  # noqa: E402
+from fetch_model import fetch
 
 PROMPT = 128  # tokens in the cache when decoding starts
 Step = Callable[[], None]
@@ -184,20 +184,20 @@ def systems(dense: Any, dtype: torch.dtype, peers: bool) -> dict[str, tuple[Any,
     """name -> (model, what is called, active share of the FFNs, bytes per FFN weight over the dtype's)."""
     dense = copy.deepcopy(dense).to(dtype)
     chosen: dict[str, tuple[Any, Any, float, float]] = {"dense": (dense, torch.compile(dense, dynamic=True), 1.0, 1.0)}
-    for name, share in (("static 1/2", 0.5), ("static 1/4", 0.25)):
-        small = narrow(dense, share).to(dtype)
-        chosen[name] = (small, torch.compile(small, dynamic=True), share, 1.0)
+    for name, part in (("static 1/2", 0.5), ("static 1/4", 0.25)):
+        small = narrow(dense, part).to(dtype)
+        chosen[name] = (small, torch.compile(small, dynamic=True), part, 1.0)
     splits = {"75 %": (16, 48, 32, 0.75), "50 %": (16, 48, 16, 0.5), "25 %": (8, 56, 8, 0.25)}
-    for name, (shared, experts, top_k, share) in splits.items():
+    for name, (shared, experts, top_k, part) in splits.items():
         moe = split(dense, shared, experts, top_k)
         if peers and name != "75 %":
             base = copy.deepcopy(moe)  # ours lays its weights out anew
             for implementation in ("eager", "batched_mm", "grouped_mm"):
                 other = peer(base, implementation)
-                chosen[f"{implementation} {name}"] = (other, torch.compile(other, dynamic=True), share, 1.0)
-        chosen[f"ours {name}"] = (moe, moecompile.compile(moe), share, 1.0)
+                chosen[f"{implementation} {name}"] = (other, torch.compile(other, dynamic=True), part, 1.0)
+        chosen[f"ours {name}"] = (moe, moecompile.compile(moe), part, 1.0)
         if name == "50 %":
-            chosen[f"ours {name}, int8"] = (moe, moecompile.compile(moe, weights="int8"), share, 1 / dtype.itemsize)
+            chosen[f"ours {name}, int8"] = (moe, moecompile.compile(moe, weights="int8"), part, 1 / dtype.itemsize)
     return chosen
 
 
@@ -272,7 +272,13 @@ def markdown(result: dict[str, Any]) -> str:
     for phase, dtype in groups:
         rows = [row for row in result["rows"] if (row["phase"], row["dtype"]) == (phase, dtype)]
         tokens = f"{rows[0]['tokens']} tokens" if phase == "prefill" else "batch 1"
-        lines += ["", f"## {phase}, {tokens}, {dtype}", "", "| system | ms | tokens/s | over dense | limit |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {phase}, {tokens}, {dtype}",
+            "",
+            "| system | ms | tokens/s | over dense | limit |",
+            "|---|---|---|---|---|",
+        ]
         for row in rows:
             lines.append(
                 f"| {row['system']} | {row['seconds'] * 1e3:.1f} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f} | "

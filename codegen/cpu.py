@@ -32,7 +32,7 @@ class Unavailable(RuntimeError):
     """A generated kernel cannot be had here; the message is one line that says why."""
 
 
-# ----------------------------------------------------------------------------------------------------------------- emit and build
+# emit and build
 
 
 @lru_cache(maxsize=1)
@@ -87,7 +87,10 @@ def emit(spec: BlockKernelSpec) -> str:
         f"{spec.hidden_size}, {name}, {spec.dtype}, weights {spec.weight_format}, routing {spec.routing}"
     )
     weighted = spec.score != "none" if spec.linear else spec.weighted
-    return _template().render(spec=spec, types=CPP_TYPES, activation=activation, summary=summary, weighted=weighted)
+    first = "gate" if spec.gated else "up"  # what is read first of a neuron
+    return _template().render(
+        spec=spec, types=CPP_TYPES, activation=activation, summary=summary, weighted=weighted, first=first
+    )
 
 
 _lock = threading.Lock()
@@ -139,7 +142,7 @@ def source(spec: BlockKernelSpec) -> str:
     return _sources.get(spec) or emit(spec)
 
 
-# -------------------------------------------------------------------------------------------------------------------------- launch
+# launch
 
 # Operands of moe_ffn that stay the same from call to call, in order.
 _STATIC = (

@@ -1,7 +1,7 @@
 """Weight layouts of the CPU kernel: down projections by neuron, and int8 with a scale per row.
 
-A kernel reads the rows of one neuron together. Gate and up rows are D-vectors as they are; the down projection (N, D, I) must be
-stored as (N, I, D), which :func:`relayout_` does in place. Whatever cannot be laid out in place is copied, once per version of
+A kernel reads the rows of one neuron together. Gate and up rows are D-vectors as they are; the down projection (N, D, I) must
+be stored as (N, I, D), which :func:`relayout_` does in place. Whatever cannot be laid out in place is copied, once per version of
 the tensor.
 """
 
@@ -88,8 +88,8 @@ FORMS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
 class PackedCache:
     """Copies of tensors in another form, made once per version of a tensor and dropped with it.
 
-    A tensor is known by its identity, its memory and autograd's version counter, which every in-place operation raises. A change
-    through ``.data`` raises nothing and is not seen; :meth:`forget` is for that.
+    A tensor is known by its identity, its memory and autograd's version counter, which every in-place operation raises.
+    A change     through ``.data`` raises nothing and is not seen; :meth:`forget` is for that.
     """
 
     def __init__(self) -> None:

@@ -99,7 +99,7 @@ CONSTANTS = {
         sum_block=512,
         why_tiles=(
             "rows: the smallest tile that holds an expert's share if tokens spread evenly, so that weights are read once.",
-            "64 x 64 x 32: exact float32 has no tensor cores; few sums per thread, so that they do not spill (gfx1100: they do).",
+            "64 x 64 x 32: exact float32 has no tensor cores; few sums per thread, against spills (gfx1100 spills).",
         ),
         why_pairs=("16 x 128: four 16-byte loads in flight per thread; bandwidth is all that counts here.",),
     ),

@@ -69,7 +69,7 @@ class Compilation:
         if variant is None:
             variant = self._variants[key] = self._compile()
         try:
-            with self._switch, _breaks_told(self):
+            with self._switch, _breaks_told(self), _static_floats():
                 return _settled(variant(*args, **kwargs))
         except Exception as error:  # TorchDynamo wraps what its backend raises
             inner = getattr(error, "inner_exception", None)
@@ -99,6 +99,14 @@ class Compilation:
         )
         own.__kwdefaults__ = None
         return torch.compile(own, backend=self.backend, fullgraph=self.options.fullgraph, dynamic=self.dynamic)
+
+
+def _static_floats() -> Any:
+    """TorchDynamo with floats of the model's code as constants: symbolic ones make it trace every graph twice (30 s of 75 on a
+    model of 30 layers)."""
+    from torch._dynamo import config
+
+    return config.patch(specialize_float=True)
 
 
 def _settled(outputs: Any) -> Any:

@@ -121,10 +121,10 @@ def _reference(
     activation: str,
     gated: bool,
     weight_format: str,
-    experts: Callable[..., Tensor] = expert_ffn,
+    experts: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """``moe_ffn`` in plain torch operators; ``experts`` may compute the routed part in another way."""
-    linear = torch.nn.functional.linear
+    linear, experts = torch.nn.functional.linear, experts or _experts
     if weight_format == "int8":
         up, down = packing.rounded(up), packing.rounded(down, columns=True)
         shared_gate = None if shared_gate is None else packing.rounded(shared_gate)
@@ -140,11 +140,22 @@ def _reference(
         if ids is None:
             assert router_weight is not None
             ids, weights = route_reference(x, router_weight, router_bias, top_k, score, normalise)
-        if weights is None:
-            weights = torch.ones_like(ids, dtype=x.dtype)
-        parts.append(experts(x, ids, weights.to(x.dtype), up, down, up_bias, down_bias, activation, gated))
+        parts.append(experts(x, ids, weights, up, down, up_bias, down_bias, activation, gated, order, offsets))
     y = sum(parts[1:], parts[0]) if parts else torch.zeros_like(x)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _experts(
+    x: Tensor, ids: Tensor, weights: Tensor | None, up: Tensor, down: Tensor, up_bias: Tensor | None,
+    down_bias: Tensor | None, activation: str, gated: bool, order: Tensor | None, offsets: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The routed part by ``expert_ffn``, which groups tokens itself."""
+    weights = torch.ones_like(ids, dtype=x.dtype) if weights is None else weights.to(x.dtype)
+    return expert_ffn(x, ids, weights, up, down, up_bias, down_bias, activation, gated)
+
+
+def _triton_experts(x: Tensor, ids: Tensor, weights: Tensor | None, *rest: object) -> Tensor:
+    return triton_backend.expert_ffn(x, ids, None if weights is None else weights.to(x.dtype), *rest)  # type: ignore[arg-type]
 
 
 def _moe_ffn(
@@ -185,7 +196,7 @@ def _moe_ffn(
             warn_once(f"moe_ffn runs in plain torch operators: {reason}")
     elif backend == "triton":
         try:
-            return _reference(*operands, experts=triton_backend.expert_ffn)
+            return _reference(*operands, experts=_triton_experts)
         except triton_backend.Unavailable as reason:
             warn_once(f"moe_ffn runs in plain torch operators: {reason}")
     return _reference(*operands)

@@ -7,6 +7,8 @@ the kind in the plan and stores its tensors under the router's parameter names.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,8 @@ class LinearRouter(Router):
     def scores(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, N)."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type  # a region of its own only where it does something: export makes a subgraph of it
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
             return nn.functional.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 

@@ -74,11 +74,13 @@ def modules_of(tree: Path) -> set[str]:
 
 def data_of(tree: Path) -> set[str]:
     """The files other than modules that the package reads or that mark it."""
-    return {
+    found = {
         path.relative_to(tree).as_posix()
-        for path in (tree / "moecompile").rglob("*")
+        for folder in ("moecompile", "codegen")
+        for path in (tree / folder).rglob("*")
         if path.suffix in (".jinja", ".css") or path.name == "py.typed"
     }
+    return {name.replace("codegen/", "moecompile/codegen/", 1) if name.startswith("codegen/") else name for name in found}
 
 
 def contents(wheel: Path) -> set[str]:

@@ -1,0 +1,329 @@
+"""``moecompile.compile``: what a user gets back, and that it is right."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from compiling import batches, calibrated, dense_model, plain, tokens, without_inductor
+from moecompile.codegen import cpu
+from torch import Tensor, nn
+
+import moecompile
+from moecompile.compiled import compilation_of
+from moecompile.errors import CompileError, InputError, ParityError, PlanError
+from moecompile.lowered import _told
+from moecompile.recipes import Calibrated
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """Each test compiles anew and is warned anew."""
+    torch._dynamo.reset()
+    _told.clear()
+
+
+IDS = tokens(2, 11)
+
+
+def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_converted_model_through_inductor() -> None:
+    moe = calibrated()
+    reference = logits(moe)
+    fast = moecompile.compile(moe, fullgraph=True)
+    close(logits(fast), reference)
+    layers = moecompile.last_graphs(fast)[-1].layers
+    assert [layer["site"] for layer in layers] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert all(layer["router"] == "fused" and layer["shared"] and layer["top_k"] == 2 for layer in layers)
+    code = moecompile.generated_code(fast)
+    assert any(name.startswith("graph_") and "moe_ffn" in text for name, text in code.items())
+    if cpu.available() is None:
+        assert any(name.startswith("kernel_") and "kernel(" in text for name, text in code.items())
+
+
+def test_a_compiled_module_is_the_module() -> None:
+    moe = calibrated()
+    fast = without_inductor(moecompile.compile(moe))
+    assert isinstance(fast, type(moe)) and type(fast).__name__ == type(moe).__name__
+    assert list(fast.state_dict()) == list(moe.state_dict())
+    assert all(a is b for a, b in zip(fast.parameters(), moe.parameters(), strict=True))
+    fast.train()
+    assert moe.training
+    fast.eval()
+    before = logits(fast)
+    with torch.no_grad():
+        moe.lm_head.weight.mul_(2)
+    close(logits(fast), before * 2)
+    assert not moecompile.last_graphs(moecompile.compile(moe))
+
+
+def test_copies_and_pickles_are_compiled_and_their_own() -> None:
+    for model, copied in ((plain(), copy.deepcopy), (dense_model(), lambda m: pickle.loads(pickle.dumps(m)))):
+        fast = without_inductor(moecompile.compile(model))
+        other = copied(fast)
+        close(logits(without_inductor(other)), logits(fast))
+        assert other.lm_head.weight is not fast.lm_head.weight
+        assert len(moecompile.last_graphs(other)) == 1
+
+
+def test_save_and_load(tmp_path: Any) -> None:
+    fast = without_inductor(moecompile.compile(calibrated()))
+    reference = logits(fast)  # weights are laid out anew
+    fast.save_pretrained(tmp_path / "moe")
+    close(logits(moecompile.load(tmp_path / "moe")), reference)
+
+
+def test_decorators() -> None:
+    moe = plain()
+
+    @moecompile.compile
+    def plainly(ids: Tensor) -> Tensor:
+        """Its text."""
+        return moe(input_ids=ids).logits
+
+    @moecompile.compile(fullgraph=True)
+    class Net(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return moe(input_ids=ids).logits * self.scale
+
+    class Holder:
+        @moecompile.compile(fullgraph=True)
+        def method(self, ids: Tensor) -> Tensor:
+            return moe(input_ids=ids).logits
+
+    without_inductor(plainly), without_inductor(Holder.method)
+    nets = [without_inductor(Net(1.0)), without_inductor(Net(2.0))]
+    reference = logits(moe)
+    assert plainly.__doc__ == "Its text." and isinstance(nets[0], nn.Module)
+    with torch.no_grad():
+        for found in (plainly(IDS), Holder().method(IDS), nets[0](IDS), nets[1](IDS) / 2):
+            close(found, reference)
+    for compiled in (plainly, Holder.method, *nets):
+        assert len(moecompile.last_graphs(compiled)[-1].layers) == 2
+
+
+def test_the_backend_of_torch_compile() -> None:
+    moe = plain()
+    reference = logits(moe)
+    torch._dynamo.list_backends()
+    fast = torch.compile(moe, backend="moecompile", options={"verify": True})
+    close(logits(fast), reference)
+    assert len(moecompile.last_graphs()[-1].layers) == 2
+
+
+def test_a_dense_model_with_a_plan() -> None:
+    dense = dense_model()
+    before = logits(dense)
+    plan = moecompile.plan(dense, Calibrated(experts=6, shared=2, top_k=2), calibration=batches())
+    fast = without_inductor(moecompile.compile(dense, plan=plan, fullgraph=True))
+    close(logits(fast), logits(moecompile.convert(dense, plan)))
+    assert torch.equal(logits(dense), before) and not moecompile.moe_blocks(dense)
+    assert fast.model.embed_tokens.weight is dense.model.embed_tokens.weight
+
+
+def test_options_that_make_no_sense() -> None:
+    for options in ({"mode": "fastest"}, {"weights": "int3"}):
+        with pytest.raises(InputError, match="there are"):
+            moecompile.compile(plain(), **options)
+    with pytest.raises(InputError, match="plan="):
+        moecompile.compile(lambda x: x, plan=Calibrated())
+    with pytest.raises(InputError, match="takes a module"):
+        moecompile.compile(3)
+    moe = plain()
+    assert moecompile.compile(moe, disable=True) is moe
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_is_that_of_the_model_with_few_graphs(cache: str) -> None:
+    moe = calibrated()
+    fast = without_inductor(moecompile.compile(moe, fullgraph=True))
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    compiled = options | ({"cache_implementation": "static"} if cache == "static" else {})
+    for length in (5, 7, 9):
+        prompt = tokens(1, length, seed=length)
+        assert torch.equal(moe.generate(prompt, **options), fast.generate(prompt, **compiled))
+    assert len(moecompile.last_graphs(fast)) <= 3
+
+
+def test_generation_of_padded_batches_beams_and_samples() -> None:
+    moe = calibrated()
+    fast = without_inductor(moecompile.compile(moe))
+    prompt, mask = tokens(3, 8), torch.ones(3, 8, dtype=torch.long)
+    prompt[0, :4] = mask[0, :4] = 0
+    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}, {"do_sample": True, "temperature": 1.0}):
+        found = []
+        for model in (moe, fast):
+            torch.manual_seed(0)
+            found.append(model.generate(prompt, attention_mask=mask, max_new_tokens=6, **options))
+        assert torch.equal(*found)
+
+
+def test_the_dial() -> None:
+    dense = dense_model()
+    moe = plain(dense)
+    fast = without_inductor(moecompile.compile(moe, fullgraph=True))
+    for _ in range(2):
+        for k in (0, 2, 4, 6, 3, 1, 5):
+            moecompile.set_top_k(fast, k)
+            reference = logits(moe)
+            close(logits(fast), reference)
+    graphs = len(moecompile.last_graphs(fast))
+    assert graphs == 7
+    with moecompile.using_top_k(fast, 1, layers=[-1]):
+        assert [b.top_k for b in moecompile.moe_blocks(fast).values()] == [5, 1]
+        close(logits(fast), logits(moe))
+    assert [b.top_k for b in moecompile.moe_blocks(fast).values()] == [5, 5]
+    logits(fast)
+    assert len(moecompile.last_graphs(fast)) == graphs + 1
+    with moecompile.using_top_k(fast, None, phase="prefill"):
+        close(logits(fast), logits(dense))
+        one = logits(fast, IDS[:, :1])
+    close(one, logits(moe, IDS[:, :1]))
+    assert (one - logits(dense, IDS[:, :1])).abs().max() > 1e-3
+    for wrong in ({"layers": [9]}, {"layers": ["no"]}, {"phase": "training"}):
+        with pytest.raises(InputError, match="there is no"):
+            moecompile.set_top_k(fast, 1, **wrong)
+    with pytest.raises(PlanError, match="has 6 experts"):
+        moecompile.set_top_k(fast, 7)
+
+
+def test_training_through_it() -> None:
+    moe = calibrated().train()
+    fast = moecompile.compile(moe, fullgraph=True)
+
+    def gradients(model: Any) -> dict[str, Tensor]:
+        moe.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return {name: p.grad.clone() for name, p in moe.named_parameters() if p.grad is not None}
+
+    eager, compiled = gradients(moe), gradients(fast)
+    assert eager.keys() == compiled.keys() and any("router" in name for name in eager)
+    for name, gradient in eager.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert moecompile.last_graphs(fast)[-1].training
+
+
+def test_autocast_and_checkpointing() -> None:
+    moe = plain().train()
+    fast = without_inductor(moecompile.compile(moe))
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = moe(input_ids=IDS, labels=IDS).loss, fast(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+    moe.gradient_checkpointing_enable()
+    found = []
+    for model in (moe, fast):
+        moe.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        found.append(moe.model.layers[0].mlp.experts.up.grad.clone())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_traced_runs_eagerly_with_one_warning() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y * 2 if y.sum().item() > 0 else y - 1
+
+    model, x = Branching(), torch.randn(3, 4)
+    fast = without_inductor(moecompile.compile(model))
+    with torch.no_grad(), pytest.warns(moecompile.FallbackWarning, match="eager"):
+        close(fast(x), model(x))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(fast(x), model(x))
+        close(fast(-x), model(-x))
+    with torch.no_grad(), pytest.raises(Exception, match=r"(?i)data-dependent|item|unsupported|graph break"):
+        moecompile.compile(Branching(), fullgraph=True)(x)
+
+
+def test_a_failing_pass_or_inductor_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moecompile.passes.fuse_router import FuseRouter
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("broken on purpose")
+
+    moe = plain()
+    reference = logits(moe)
+    with monkeypatch.context() as patched:
+        patched.setattr(FuseRouter, "__call__", fails)
+        with pytest.warns(moecompile.FallbackWarning, match="fuse_router.*broken on purpose"):
+            close(logits(without_inductor(moecompile.compile(moe))), reference)
+        with pytest.raises(CompileError, match="fuse_router"):
+            logits(moecompile.compile(moe, fullgraph=True))
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fails)
+    with pytest.warns(moecompile.FallbackWarning, match="Inductor.*broken on purpose"):
+        close(logits(moecompile.compile(moe)), reference)
+    with pytest.raises(CompileError, match="Inductor"):
+        logits(moecompile.compile(moe, fullgraph=True))
+
+
+def test_float64_runs_in_torch_operators() -> None:
+    moe = plain().double()
+    fast = without_inductor(moecompile.compile(moe))
+    torch.testing.assert_close(logits(fast), logits(moe), rtol=1e-10, atol=1e-12)
+    assert {layer["backend"] for layer in moecompile.last_graphs(fast)[-1].layers} == {"torch"}
+    assert any("float64" in note for note in moecompile.last_graphs(fast)[-1].notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_weights_are_rounded_once(dtype: torch.dtype) -> None:
+    moe = plain().to(dtype)
+    fast = without_inductor(moecompile.compile(moe, weights="int8", verify=True))
+    difference = (logits(fast) - logits(moe)).float().norm() / logits(moe).float().norm()
+    assert 0 < difference < 0.05
+
+
+def test_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = calibrated()
+    close(logits(without_inductor(moecompile.compile(moe, verify=True))), logits(moe))
+    spoilt = copy.deepcopy(moe)
+    spoilt.model.layers[1].mlp.place.copy_(spoilt.model.layers[1].mlp.place.flip(0))
+    spoilt.model.layers[1].mlp.place[0] = spoilt.model.layers[1].mlp.place[1]
+    with pytest.raises(ParityError, match=r"model\.layers\.1\.mlp"):
+        logits(without_inductor(moecompile.compile(spoilt, verify=True)))
+    right = cpu.moe_ffn
+    monkeypatch.setattr(cpu, "moe_ffn", lambda *operands: right(*operands) + 0.1)
+    if cpu.available() is None:
+        with pytest.raises(ParityError, match=r"model\.layers\.0\.mlp.*differs from eager"):
+            logits(without_inductor(moecompile.compile(moe, verify=True)))
+
+
+def test_without_a_compiler_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = calibrated()
+    reference = logits(without_inductor(moecompile.compile(moe)))
+    torch._dynamo.reset()
+    monkeypatch.setattr(cpu, "unsupported", lambda activation: "there is no working C++ compiler")
+    fast = without_inductor(moecompile.compile(moe))
+    close(logits(fast), reference)
+    assert all("no working C++ compiler" in note for note in moecompile.last_graphs(fast)[-1].notes)
+
+
+def test_calls_inside_a_compiled_function() -> None:
+    fast = moecompile.compile(plain())
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def outer(ids: Tensor) -> Tensor:
+        return fast(input_ids=ids).logits * 2
+
+    with torch.no_grad():
+        close(outer(IDS), logits(compilation_of(fast).target) * 2)
