@@ -1,8 +1,8 @@
 """Weight layouts of the CPU kernel: down projections by neuron, and int8 with a scale per row.
 
 A kernel reads the rows of one neuron together. Gate and up rows are D-vectors as they are; the down projection (N, D, I) must
-be stored as (N, I, D), which :func:`relayout_` does in place. Whatever cannot be laid out in place is copied, once per version of
-the tensor.
+be stored as (N, I, D), which :func:`relayout_` does in place. Whatever cannot be laid out in place is copied, once per
+version of the tensor.
 """
 
 from __future__ import annotations
