@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..errors import PlanError
+from ..logs import log
 from . import packing
 from .block_spec import CPP_TYPES, BlockKernelSpec
 from .cpp_expressions import Unsupported, activation_function
@@ -112,8 +114,10 @@ def build(spec: BlockKernelSpec) -> Callable[..., None]:
     with _lock:
         kernel = _kernels.get(spec)
         if kernel is None:
+            start = time.perf_counter()
             try:
                 kernel = _compile(spec)
+                log("cache", f"CPU kernel {spec.name}: built, or found on disk, in {time.perf_counter() - start:.1f} s")
             except Unavailable as error:
                 kernel = str(error)
             _kernels[spec] = kernel

@@ -22,8 +22,8 @@ ARTIFACTS = {
     "passes": "each pass: how much it rewrote, and its notes",
     "hoist": "what becomes of routers",
     "output_code": "the generated code",
-    "autotune": "what was tuned and chosen",
-    "cache": "which kernels were built, loaded or taken from memory",
+    "autotune": "what was tuned and chosen (no kernel is tuned yet)",
+    "cache": "which kernels were built or found on disk",
 }
 
 
