@@ -3,8 +3,8 @@
     python benchmarks/block.py [--threads 2] [--output benchmarks/results]
 
 Thirty blocks of different random weights at SmolLM2-135M's shape (D 576, F 1536; 48 experts of 24 neurons and 384 shared ones,
-16 chosen: half of the neurons), so that a decoded token's weights come from memory. All systems take turns; medians over rounds,
-milliseconds for the thirty blocks. The limit is that of bytes for a decoded token, of multiply-adds for a prompt.
+16 chosen: half of the neurons), so that a decoded token's weights come from memory. All systems take turns; medians over
+rounds, milliseconds for the thirty blocks. The limit is that of bytes for a decoded token, of multiply-adds for a prompt.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from moecompile.codegen import cpu, packing
 from torch import Tensor
 
-from moecompile.codegen import cpu, packing
 from moecompile.costs import device_speed
 from moecompile.files import write_bytes
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .base import PassResult, clone
-from .nodes import argument, meaning, tensor_of
+from .nodes import argument, meaning, tensor_of, written
 
 
 class FoldConstants:
@@ -21,8 +21,9 @@ class FoldConstants:
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """The graph without them; unchanged values are used directly."""
         result, folded = clone(graph_module), 0
+        changed = written(result.graph)
         for node in list(result.graph.nodes):
-            if _changes_nothing(node):
+            if _changes_nothing(node) and node not in changed and node.args[0] not in changed:
                 node.replace_all_uses_with(node.args[0])
                 result.graph.erase_node(node)
                 folded += 1
@@ -40,14 +41,16 @@ def _changes_nothing(node: Node) -> bool:
             and after is not None
             and before.dtype == after.dtype
             and before.device == after.device
-            and "copy" not in node.kwargs
-            and "memory_format" not in node.kwargs
+            and len(node.args) <= 2  # neither a copy nor a memory format is asked for
+            and set(node.kwargs) <= {"dtype"}
+            and node.target is not torch.ops.aten._to_copy.default
         )
     if meaning(node) == "reshape":
         before, after = tensor_of(node.args[0]), tensor_of(node)
         return (
             before is not None
             and after is not None
+            and before.dtype == after.dtype
             and before.dim() == after.dim()
             and all(_same(a, b) for a, b in zip(before.shape, after.shape, strict=True))
         )

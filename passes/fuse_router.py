@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from .. import lowered
 from .base import PassResult, clone
 from .match_experts import moe_nodes, operands_of
-from .nodes import argument, erase_unread, inherit, meaning, site_of, tensor_of, through_casts
+from .nodes import argument, erase_unread, inherit, meaning, site_of, tensor_of, through_casts, written
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,19 @@ def find_router(ids: Node) -> Router | str:
     x, weight, bias = through_casts(below.args[0]), through_casts(below.args[1]), through_casts(bias)
     values = [user for user in topk.users if meaning(user) == "item" and user.args[1] == 0]
     readers = [reader for value in values for reader in value.users]
-    if not readers:
+    divided = [reader for reader in readers if meaning(reader) in ("div", "idiv")]
+    changed = written(ids.graph, allowed=divided)
+    if changed & {x, weight, bias, below, scores, topk, ids, *values, *topk.users}:
+        return "what the router reads or gives is changed in place"
+    if not readers:  # (unit weights are gone by now)
         return Router(x, weight, bias, k, score, False, topk, ids, None)
     if score == "none":
         return "raw scores are used as weights"
-    divided = [reader for reader in readers if meaning(reader) in ("div", "idiv")]
     if len(values) == 1 and len(divided) == 1 and _is_normalising(values[0], divided[0], readers):
         return Router(x, weight, bias, k, score, True, topk, ids, divided[0])
-    if len(values) > 1 or divided or any(_writes(reader) for reader in readers):
+    if len(values) > 1 or divided:
         return "the weights are changed in a way that is not known"
     return Router(x, weight, bias, k, score, False, topk, ids, values[0])
-
-
-def _writes(reader: Node) -> bool:
-    """Whether a node changes what it reads, by the spelling of its operator."""
-    name = reader.target if isinstance(reader.target, str) else getattr(reader.target, "__name__", "")
-    return name.endswith("_") or meaning(reader) in ("iadd", "idiv")
 
 
 def _is_normalising(value: Node, divide: Node, readers: list[Node]) -> bool:
@@ -110,6 +107,8 @@ def _is_normalising(value: Node, divide: Node, readers: list[Node]) -> bool:
     total = divide.args[1]
     return (
         divide.args[0] is value
+        and len(divide.args) == 2
+        and not divide.kwargs
         and meaning(total) == "sum"
         and isinstance(total, Node)
         and total.args[0] is value

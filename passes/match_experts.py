@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 from .. import lowered
 from ..ops import expert_ffn
 from .base import PassResult, clone
-from .nodes import erase_unread, inherit, meaning, site_of, tensor_of, through_casts
+from .nodes import erase_unread, inherit, meaning, site_of, tensor_of, written
 
 EXPERT_FFN = expert_ffn._opoverload
 
@@ -22,6 +22,7 @@ class MatchExperts:
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """The graph with a ``moe_ffn`` for each ``expert_ffn``; one whose K is not known is left, with a note."""
         result, found, notes = clone(graph_module), 0, []
+        changed = written(result.graph)
         for node in list(result.graph.nodes):
             if node.op != "call_function" or node.target not in (EXPERT_FFN, EXPERT_FFN.overloadpacket):
                 continue
@@ -32,7 +33,9 @@ class MatchExperts:
                 continue
             operands = dict.fromkeys(lowered.OPERANDS)
             operands.update(
-                x=x, ids=ids, weights=None if _unit(weights) else weights, up=up, down=down, up_bias=up_bias,
+                x=x, ids=ids,
+                weights=None if weights not in changed and _unit(weights) else weights,
+                up=up, down=down, up_bias=up_bias,
                 down_bias=down_bias, top_k=int(chosen.shape[-1]), score="none", normalise=False, activation=activation,
                 gated=gated, weight_format="same", backend="torch",
             )  # fmt: skip
@@ -50,7 +53,9 @@ class MatchExperts:
 
 def _unit(weights: object) -> bool:
     """Whether every routing weight is one: a split FFN's gates are binary."""
-    return isinstance(weights, Node) and meaning(through_casts(weights)) == "ones"
+    while meaning(weights) == "cast":
+        weights = weights.args[0]  # type: ignore[attr-defined]
+    return meaning(weights) == "ones"
 
 
 def moe_nodes(graph_module: GraphModule) -> list[Node]:

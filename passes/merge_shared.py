@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..activations import Activation
 from .base import PassResult, clone
 from .match_experts import moe_nodes, operands_of, set_operands
-from .nodes import argument, meaning, site_of, tensor_of, through_casts, through_reshapes
+from .nodes import argument, meaning, site_of, tensor_of, through_casts, through_reshapes, written
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MergeShared:
         result, merged, notes = clone(graph_module), 0, []
         for node in moe_nodes(result):
             while True:
-                outcome = _absorb(result.graph, node, self.name)
+                outcome = _absorb(result.graph, node, self.name, written(result.graph))
                 if isinstance(outcome, str):
                     if outcome:
                         notes.append(f"{site_of(node)}: {outcome}")
@@ -50,7 +50,7 @@ class MergeShared:
         return PassResult(result, merged, tuple(notes))
 
 
-def _absorb(graph: Graph, node: Node, step: str) -> bool | str:
+def _absorb(graph: Graph, node: Node, step: str, changed: frozenset[Node]) -> bool | str:
     """Take one addition behind the node into it: True, or why there is none ('' where there is no addition)."""
     tail = node
     while len(tail.users) == 1 and meaning(user := next(iter(tail.users))) == "reshape" and through_reshapes(user) is node:
@@ -68,7 +68,11 @@ def _absorb(graph: Graph, node: Node, step: str) -> bool | str:
     if other is tail or addend is None or out is None or value is None or out.dtype != value.dtype:
         return ""
     operands = operands_of(node)
+    if changed & {other, tail, node, through_reshapes(operands_of(node)["x"]), operands_of(node)["x"]}:
+        return f"node {add.name}: what is added, or the tokens, are changed in place"
     if addend.dim() == 1:
+        if addend.shape[0] != value.shape[-1]:
+            return ""
         below = through_casts(other)
         if operands["bias"] is not None or not isinstance(below, Node) or below.op not in ("placeholder", "get_attr"):
             return ""

@@ -29,7 +29,19 @@ _SPELLINGS: dict[str, tuple[object, ...]] = {
     "ones": (torch.ones_like, torch.ones, "new_ones", aten.ones_like.default, aten.ones.default, aten.new_ones.default),
     "cast": ("to", "type", "float", "half", "bfloat16", "double", aten.to.dtype, aten._to_copy.default),
     "dropout": (functional.dropout, torch.dropout, aten.dropout.default),
-    "reshape": ("reshape", "view", "flatten", torch.reshape, torch.flatten, aten.view.default, aten.reshape.default),
+    "reshape": (
+        "reshape",
+        "slice",
+        "alias",
+        "diagonal",
+        "unfold",
+        "view",
+        "flatten",
+        torch.reshape,
+        torch.flatten,
+        aten.view.default,
+        aten.reshape.default,
+    ),
 }
 _MEANING = {spelling: meaning for meaning, spellings in _SPELLINGS.items() for spelling in spellings}
 
@@ -60,8 +72,11 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 
 def through_casts(node: Any) -> Any:
-    """The node below any casts."""
+    """The node below any casts that lose nothing; one to a narrower type rounds, and is kept."""
     while meaning(node) == "cast":
+        before, after = tensor_of(node.args[0]), tensor_of(node)
+        if before is None or after is None or torch.promote_types(before.dtype, after.dtype) != after.dtype:
+            return node
         node = node.args[0]
     return node
 
@@ -70,7 +85,9 @@ def through_reshapes(node: Any) -> Any:
     """The node below reshapes that keep the last dimension, so that rows stay tokens."""
     while meaning(node) == "reshape":
         source, before, after = node.args[0], tensor_of(node.args[0]), tensor_of(node)
-        if before is None or after is None or before.dim() == 0 or after.dim() == 0 or before.shape[-1] != after.shape[-1]:
+        if before is None or after is None or before.dim() == 0 or after.dim() == 0:
+            return node
+        if before.shape[-1] != after.shape[-1] or before.dtype != after.dtype:
             return node
         node = source
     return node
@@ -106,6 +123,92 @@ def inherit(new: Node, old: Node, step: str, *also: Node) -> Node:
             new.meta[key] = old.meta[key]
     new.meta["moecompile"] = {"pass": step, "from": tuple(node.name for node in (old, *also))}
     return new
+
+
+# Methods whose result may share memory with what they are called on.
+_VIEWS = frozenset(
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "transpose",
+        "permute",
+        "t",
+        "T",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "detach",
+        "contiguous",
+        "narrow",
+        "select",
+        "chunk",
+        "split",
+        "unbind",
+        "view_as",
+        "to",
+        "type",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "__getitem__",
+        "as_strided",
+        "movedim",
+        "swapaxes",
+        "mT",
+    ]
+)
+
+
+def _name(node: Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(getattr(packet or node.target, "__name__", ""))
+
+
+def writes(node: Node) -> bool:
+    """Whether an operator changes what it reads, by its spelling: ``mul_``, ``+=``, ``x[i] = y``."""
+    name = _name(node)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_function", "call_method") and (in_place or node.target in _IN_PLACE)
+
+
+_IN_PLACE: frozenset[object] = frozenset(
+    getattr(operator, name)
+    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior")
+)
+
+
+def written(graph: Graph, allowed: Iterable[Node] = ()) -> frozenset[Node]:
+    """The nodes whose memory some operator writes to, those that share it included. Passes do not move what reads them.
+
+    Args:
+        allowed: writing nodes that do not count, because the caller knows what they do.
+    """
+    known = set(allowed)
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if not writes(node) or node in known or not isinstance(node.args[0] if node.args else None, Node):
+            continue
+        base: Node = node.args[0]
+        while _shares(base) and isinstance(base.args[0], Node):
+            base = base.args[0]
+        pending = [base]
+        while pending:
+            each = pending.pop()
+            if each in found:
+                continue
+            found.add(each)
+            pending += [user for user in each.users if (_shares(user) or writes(user)) and user.args and user.args[0] is each]
+    return frozenset(found)
+
+
+def _shares(node: Node) -> bool:
+    """Whether a node's result may be a view of its first operand."""
+    return node.op in ("call_function", "call_method") and bool(node.args) and _name(node) in _VIEWS | {"getitem"}
 
 
 # Removed when nothing reads them. In-place spellings and unknown operators are not in it: they may write somewhere.

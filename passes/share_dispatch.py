@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from .. import lowered
 from .base import PassResult, clone
 from .match_experts import moe_nodes, operands_of, set_operands
-from .nodes import inherit, tensor_of
+from .nodes import inherit, tensor_of, written
 
 
 class ShareDispatch:
@@ -69,9 +69,11 @@ def _anything_shared(graph_module: GraphModule) -> bool:
 def _merge_routes(result: GraphModule) -> int:
     """Routes with the same operands are one; returns how many went."""
     first: dict[tuple[object, ...], Node] = {}
-    merged = 0
+    merged, changed = 0, written(result.graph)
     for node in list(result.graph.nodes):
         if node.op != "call_function" or node.target is not lowered.route:
+            continue
+        if changed & set(node.all_input_nodes):
             continue
         same = first.setdefault(node.args, node)
         if same is node:
