@@ -52,7 +52,7 @@ class Compilation:
         self._module = target if isinstance(target, nn.Module) else None
         self._switch = ExpertsSwitch(target) if isinstance(target, nn.Module) else contextlib.nullcontext()
         self._blocks = list(moe_blocks(target).values()) if isinstance(target, nn.Module) else []
-        self._prepared = False
+        self._prepared = self._verified = False
 
     @property
     def records(self) -> list[GraphRecord]:
@@ -63,6 +63,9 @@ class Compilation:
         """Run the target, compiled."""
         if torch.compiler.is_compiling() or "all" in logs.disabled():
             return self.target(*args, **kwargs)
+        if self.options.verify and not self._verified and self._module is not None:
+            check_blocks(self._module)
+            self._verified = True
         if not self._prepared and not torch.is_grad_enabled():
             self._prepare()
         variant = self._variants.get(key := tuple(block.dial for block in self._blocks))
@@ -78,14 +81,13 @@ class Compilation:
             raise
 
     def _prepare(self) -> None:
-        """Before the first inference: weights into the kernels' layout, and what ``verify`` asks of the module."""
+        """Before the first inference: weights into the kernels' layout."""
         self._prepared = True
         if self._module is None:
             return
-        if self.options.verify:
-            check_blocks(self._module)
-        for parameter in _down_projections(self._module):
-            packing.relayout_(parameter)
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained any more
+            for parameter in _down_projections(self._module):
+                packing.relayout_(parameter)
 
     def _compile(self) -> Callable[..., Any]:
         """A function of its own code object, since TorchDynamo counts recompilations by code object."""
@@ -274,7 +276,8 @@ def compile(
         plan: split the dense model by this plan or recipe; the given model is left alone, what is not split is shared.
         calibration: model inputs for a recipe.
         mode: ``default``, ``reduce-overhead``, ``max-autotune`` or ``max-autotune-no-cudagraphs``.
-        fullgraph: raise where a part cannot be compiled, instead of one warning and correct eager code.
+        fullgraph: raise where a part cannot be compiled (TorchDynamo's own error where it cannot trace), instead of one warning
+            and correct eager code.
         dynamic: as of ``torch.compile``; None keeps shapes symbolic from the start for models that generate (two graphs,
             prefill and decode), and otherwise from the second shape on.
         weights: how CPU kernels read the experts' weights: ``same`` as stored, or ``int8``.
@@ -298,6 +301,8 @@ def compile(
             compile, plan=plan, calibration=calibration, mode=mode, fullgraph=fullgraph, dynamic=dynamic, weights=weights,
             verify=verify, options=options, disable=disable, example_inputs=example_inputs,
         )  # fmt: skip
+    if options is not None and not isinstance(options, dict):
+        raise InputError(f"options must be a dict of Inductor's options, not {type(options).__name__}")
     chosen = CompileOptions(
         mode=mode or "default",
         weights=weights,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from .apply import build_block, build_blocks, install, moe_blocks
 from .block import MoEFFN
@@ -281,7 +282,8 @@ def _assemble(model: nn.Module, captured: Captured, matched: Matched, the_plan: 
     if form == "graph":
         for block in blocks:
             block.train(model.training)
-        return run_passes(captured.graph_module, [SplitFFN(matched.matches, blocks)]).graph_module
+        rewritten = run_passes(captured.graph_module, [SplitFFN(matched.matches, blocks)]).graph_module
+        return GraphModule(rewritten, rewritten.graph)  # its Python code is written now, so that TorchDynamo can trace it
     target = model if inplace else copy_but_ffns(model, the_plan)
     return install(target, the_plan, blocks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +68,28 @@ def write_repro(compiled: Any, path: str | Path, graph: int = -1) -> Path:
     record = graphs[graph]
     try:
         text = generate_dynamo_fx_repro_string(
-            record.original, [_blank(fact) for fact in record.inputs], "moecompile", check_accuracy=True, stable_output=True
+            record.original,
+            [_blank(fact, record.training) for fact in record.inputs],
+            "moecompile",
+            check_accuracy=True,
+            stable_output=True,
         )
     except Exception as error:
         raise CompileError(f"graph {record.number} cannot be written as a script: {error}") from error
-    head = f"# Graph {record.number} as it was traced; run: python {Path(path).name}\nimport moecompile\n"
+    names = sorted(set(re.findall(r"\b_operator_(\w+)", text)))
+    imports = "".join(f"from operator import {name} as _operator_{name}\n" for name in names)
+    head = f"# Graph {record.number} as it was traced; run: python {Path(path).name}\nimport moecompile\n{imports}"
     write_bytes(Path(path), (head + text.lstrip()).encode())
     return Path(path)
 
 
-def _blank(fact: Any) -> Any:
+def _blank(fact: Any, training: bool) -> Any:
     """An input of the recorded shape; never filled, so that it takes no memory."""
     if not isinstance(fact, tuple):
         return fact
     shape, stride, dtype, device, wants_gradient = fact
     tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    return tensor.requires_grad_(wants_gradient)
+    return tensor.requires_grad_(wants_gradient and training)  # a graph of inference goes through the passes of inference
 
 
 def lowering(compilation: Compilation) -> list[dict[str, Any]]:

@@ -31,10 +31,6 @@ _SPELLINGS: dict[str, tuple[object, ...]] = {
     "dropout": (functional.dropout, torch.dropout, aten.dropout.default),
     "reshape": (
         "reshape",
-        "slice",
-        "alias",
-        "diagonal",
-        "unfold",
         "view",
         "flatten",
         torch.reshape,
@@ -128,6 +124,10 @@ def inherit(new: Node, old: Node, step: str, *also: Node) -> Node:
 # Methods whose result may share memory with what they are called on.
 _VIEWS = frozenset(
     [
+        "slice",
+        "alias",
+        "diagonal",
+        "unfold",
         "view",
         "reshape",
         "flatten",

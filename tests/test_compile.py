@@ -17,7 +17,7 @@ import moecompile
 from moecompile.compiled import compilation_of
 from moecompile.errors import CompileError, InputError, ParityError, PlanError
 from moecompile.lowered import _told
-from moecompile.recipes import Calibrated
+from moecompile.recipes import Calibrated, Contiguous
 
 
 @pytest.fixture(autouse=True)
@@ -291,6 +291,31 @@ def test_int8_weights_are_rounded_once(dtype: torch.dtype) -> None:
     fast = without_inductor(moecompile.compile(moe, weights="int8", verify=True))
     difference = (logits(fast) - logits(moe)).float().norm() / logits(moe).float().norm()
     assert 0 < difference < 0.05
+
+
+def test_inference_mode_leaves_the_model_trainable() -> None:
+    moe = plain()
+    with torch.inference_mode():
+        without_inductor(moecompile.compile(moe))(input_ids=IDS)
+    moe.train()(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_an_inline_ffn_is_rewritten_in_the_graph() -> None:
+    class Inline(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm = nn.LayerNorm(8)
+            self.w1, self.w2, self.w3 = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            return x + self.w2(nn.functional.silu(self.w1(h)) * self.w3(h))
+
+    model, x = Inline().eval(), torch.randn(2, 3, 8)
+    fast = moecompile.compile(model, plan=Contiguous(4, 0, 4), example_inputs=(x,), fullgraph=True)
+    with torch.no_grad():
+        close(without_inductor(fast)(x), model(x))
 
 
 def test_verification(monkeypatch: pytest.MonkeyPatch) -> None:
