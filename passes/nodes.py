@@ -193,10 +193,7 @@ def written(graph: Graph, allowed: Iterable[Node] = ()) -> frozenset[Node]:
     for node in graph.nodes:
         if not writes(node) or node in known or not isinstance(node.args[0] if node.args else None, Node):
             continue
-        base: Node = node.args[0]
-        while _shares(base) and isinstance(base.args[0], Node):
-            base = base.args[0]
-        pending = [base]
+        pending = [shared_base(node.args[0])]
         while pending:
             each = pending.pop()
             if each in found:
@@ -204,6 +201,13 @@ def written(graph: Graph, allowed: Iterable[Node] = ()) -> frozenset[Node]:
             found.add(each)
             pending += [user for user in each.users if (_shares(user) or writes(user)) and user.args and user.args[0] is each]
     return frozenset(found)
+
+
+def shared_base(node: Any) -> Any:
+    """The first of the nodes whose memory a node may share."""
+    while isinstance(node, Node) and (_shares(node) or writes(node)) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def _shares(node: Node) -> bool:

@@ -10,6 +10,7 @@
 | ``fuse_block`` | a layer's own ``route`` -> into ``moe_ffn`` |
 | ``dead_code`` | what nothing reads any more |
 | ``lower_triton``, ``lower_cpu`` | ``moe_ffn`` -> generated kernels |
+| ``outline_layers`` | equal layers -> calls of one subgraph, which Inductor compiles once |
 
 What is not an expert FFN is left to Inductor. A graph that is differentiated keeps ``expert_ffn``, which has gradients: it goes
 through ``fold_constants`` alone.
@@ -26,6 +27,7 @@ from .lower_cpu import LowerCPU
 from .lower_triton import LowerTriton
 from .match_experts import MatchExperts
 from .merge_shared import MergeShared
+from .outline_layers import OutlineLayers
 from .share_dispatch import ShareDispatch
 
 
@@ -46,6 +48,11 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
         LowerTriton(),
         LowerCPU(weight_format),
     ]
+
+
+def closing_passes() -> list[Pass]:
+    """What is done last, for Inductor alone: records and checks keep the graph as it was before."""
+    return [OutlineLayers()]
 
 
 def training_passes() -> list[Pass]:
