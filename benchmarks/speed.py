@@ -5,10 +5,11 @@
 Every system of a table is compiled first; then rounds go through all of them in turn, so that a slow minute of the machine hits
 all alike. Medians over rounds; ``speedup`` is over dense in the same dtype. Rows:
 
-    dense              the model under torch.compile (Inductor)
-    static 1/2, 1/4    a dense model of half, a quarter of the FFN width under torch.compile: the practical ceiling
-    ours 50 %, 25 %    the split model under moecompile.compile; with int8, the experts' weights are read as int8
-    batched_mm, ...    the same split, the same weights and router, experts by transformers' implementations, torch.compile
+    dense             the model under torch.compile (Inductor)
+    static 50%, 25%   a dense model of half, a quarter of the FFN width under torch.compile: the practical ceiling
+    ours 50%, 25%     the split model under moecompile.compile; with int8, the experts' weights are read as int8
+    batched_mm, ...   the same split, the same weights and router, experts by transformers' implementations under torch.compile
+                      (eager: without torch.compile, which would compile each of its loops' graphs anew)
 
 The limit beside a decode row counts bytes: weights that dense must read per token over those that the row must read. The limit
 beside a prefill row counts multiply-adds. Quality does not enter here: neurons are split in stored order, routers are random.
@@ -29,9 +30,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -50,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from fetch_model import fetch
 
 PROMPT = 128  # tokens in the cache when decoding starts
-Step = Callable[[], None]
+Step = Callable[[], Tensor]  # one step -> its logits
 
 
 def say(text: str) -> None:
@@ -116,21 +118,27 @@ def peer(moe: nn.Module, implementation: str) -> nn.Module:
 
 
 def decoder(model: Any, call: Any, vocabulary: int) -> Step:
-    """One decoded token at batch 1 behind a prompt; the cache is cut back every 32 tokens."""
+    """One decoded token at batch 1 behind a prompt; every round begins with the cache of the prompt."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(0, vocabulary, (1, PROMPT), generator=generator)
     cache = DynamicCache(config=model.config)
-    call(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)  # uncompiled: one graph less to build
+    saved = [(layer.keys.contiguous().clone(), layer.values.contiguous().clone()) for layer in cache.layers]
     tokens = torch.randint(0, vocabulary, (64, 1, 1), generator=generator)
     count = 0
 
-    def step() -> None:
+    def step() -> Tensor:
         nonlocal count
-        if cache.get_seq_length() >= PROMPT + 32:
-            cache.crop(PROMPT - cache.get_seq_length())
-        call(input_ids=tokens[count % 64], past_key_values=cache, use_cache=True, logits_to_keep=1)
         count += 1
+        out = call(input_ids=tokens[count % 64], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cast(Tensor, out.logits)
 
+    def rewind() -> None:
+        for layer, (keys, values) in zip(cache.layers, saved, strict=True):
+            layer.keys, layer.values = keys.clone(), values.clone()
+
+    rewind()
+    step.rewind = rewind  # type: ignore[attr-defined]
     return step
 
 
@@ -138,8 +146,8 @@ def prefiller(call: Any, vocabulary: int, length: int) -> Step:
     """One prompt, as generate() runs it: the last position's logits."""
     prompt = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(2))
 
-    def step() -> None:
-        call(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    def step() -> Tensor:
+        return cast(Tensor, call(input_ids=prompt, use_cache=True, logits_to_keep=1).logits)
 
     return step
 
@@ -147,13 +155,18 @@ def prefiller(call: Any, vocabulary: int, length: int) -> Step:
 def measure(steps: dict[str, Step], rounds: int, repeat: int) -> dict[str, float]:
     """Median seconds per step over rounds; within a round each system takes ``repeat`` steps, of which the median counts."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
+    first = {}
     for name, step in steps.items():
-        for _ in range(4):
+        first[name] = step()
+        for _ in range(3):
             step()
         say(f"    warm: {name}")
+    agree(first)
     for _ in range(rounds):
         for name, step in steps.items():
             times = []
+            if rewind := getattr(step, "rewind", None):
+                rewind()
             for _ in range(repeat):
                 start = time.perf_counter()
                 step()
@@ -180,25 +193,54 @@ def fresh() -> Iterator[None]:
     gc.collect()
 
 
-def systems(dense: Any, dtype: torch.dtype, peers: bool) -> dict[str, tuple[Any, Any, float, float]]:
-    """name -> (model, what is called, active share of the FFNs, bytes per FFN weight over the dtype's)."""
+@dataclass(frozen=True)
+class System:
+    """One row: a model, what is called, the share of the FFNs that is active, bytes per FFN weight over the dtype's."""
+
+    model: Any
+    call: Any
+    active: float
+    width: float = 1.0
+
+
+def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool) -> dict[str, System]:
+    """The rows of one table."""
     dense = copy.deepcopy(dense).to(dtype)
-    chosen: dict[str, tuple[Any, Any, float, float]] = {"dense": (dense, torch.compile(dense, dynamic=True), 1.0, 1.0)}
-    for name, part in (("static 1/2", 0.5), ("static 1/4", 0.25)):
+    chosen = {"dense": System(dense, torch.compile(dense, dynamic=True), 1.0)}
+    for part in (0.5, 0.25):
         small = narrow(dense, part).to(dtype)
-        chosen[name] = (small, torch.compile(small, dynamic=True), part, 1.0)
-    splits = {"75 %": (16, 48, 32, 0.75), "50 %": (16, 48, 16, 0.5), "25 %": (8, 56, 8, 0.25)}
-    for name, (shared, experts, top_k, part) in splits.items():
+        chosen[f"static {part:.0%}"] = System(small, torch.compile(small, dynamic=True), part)
+    splits = {0.75: (16, 48, 32), 0.5: (16, 48, 16), 0.25: (8, 56, 8)}
+    for part, (shared, experts, top_k) in splits.items():
+        if part == (0.75 if phase == "decode" else 0.25):
+            continue
         moe = split(dense, shared, experts, top_k)
-        if peers and name != "75 %":
+        if peers and part == 0.5:
             base = copy.deepcopy(moe)  # ours lays its weights out anew
             for implementation in ("eager", "batched_mm", "grouped_mm"):
                 other = peer(base, implementation)
-                chosen[f"{implementation} {name}"] = (other, torch.compile(other, dynamic=True), part, 1.0)
-        chosen[f"ours {name}"] = (moe, moecompile.compile(moe), part, 1.0)
-        if name == "50 %":
-            chosen[f"ours {name}, int8"] = (moe, moecompile.compile(moe, weights="int8"), part, 1 / dtype.itemsize)
+                call = other if implementation == "eager" else torch.compile(other, dynamic=True)
+                chosen[f"{implementation} {part:.0%}"] = System(other, call, part)
+        chosen[f"ours {part:.0%}"] = System(moe, moecompile.compile(moe, dynamic=True), part)
+        if part == 0.5:
+            fast = moecompile.compile(moe, dynamic=True, weights="int8")
+            chosen[f"ours {part:.0%}, int8"] = System(moe, fast, part, 1 / dtype.itemsize)
     return chosen
+
+
+def agree(found: dict[str, Tensor]) -> None:
+    """Systems with the same weights and routers gave the same logits (float32; rounding to bfloat16 changes routing).
+
+    Raises:
+        RuntimeError: they did not.
+    """
+    wanted = found["ours 50%"]
+    for name in ("eager 50%", "batched_mm 50%", "grouped_mm 50%"):
+        if name in found and wanted.dtype == torch.float32:
+            error = ((found[name] - wanted).norm() / wanted.norm()).item()
+            say(f"    {name} against ours: relative difference {error:.1e}")
+            if error > 1e-3:
+                raise RuntimeError(f"{name} and ours differ by {error:.1e}")
 
 
 def table(dense: Any, dtype: torch.dtype, phase: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -206,19 +248,19 @@ def table(dense: Any, dtype: torch.dtype, phase: str, options: argparse.Namespac
     rows = []
     name_of = str(dtype).removeprefix("torch.")
     with fresh(), torch.no_grad():
-        chosen = systems(dense, dtype, not options.no_peers)
+        chosen = systems(dense, dtype, phase, not options.no_peers)
         vocabulary = dense.config.vocab_size
         if phase == "decode":
-            steps = {name: decoder(model, call, vocabulary) for name, (model, call, *_) in chosen.items()}
+            steps = {name: decoder(each.model, each.call, vocabulary) for name, each in chosen.items()}
             seconds = measure(steps, options.rounds, 16)
         else:
-            steps = {name: prefiller(call, vocabulary, options.prefill) for name, (_, call, *_) in chosen.items()}
+            steps = {name: prefiller(each.call, vocabulary, options.prefill) for name, each in chosen.items()}
             seconds = measure(steps, options.rounds, 1)
         full = sizes(dense, 1.0)
-        for name, (_, _, active, width) in chosen.items():
-            own = sizes(dense, active)
+        for name, each in chosen.items():
+            own = sizes(dense, each.active)
             ffn = own[0] - sizes(dense, 0.0)[0]
-            limit = full[0] / (own[0] - ffn * (1 - width)) if phase == "decode" else full[1] / own[1]
+            limit = full[0] / (own[0] - ffn * (1 - each.width)) if phase == "decode" else full[1] / own[1]
             tokens = 1 if phase == "decode" else options.prefill
             rows.append(
                 {
