@@ -20,7 +20,7 @@ from ..recipes import RECIPES, Recipe
 from ..text import calibration_windows
 from ..version import __version__
 from . import command
-from .common import add_texts, checkpoint, device_of, model_name, peak_rss_bytes, progress_of, tokenizer_of, versions
+from .common import add_texts, checkpoint, device_of, model_name, peak_rss_bytes, progress_of, source_path, tokenizer_of, versions
 
 _HELD_OUT = 2  # windows kept from calibration, on which the layers' errors and the experts' usage are measured
 _BATCH = 4
@@ -185,6 +185,7 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "source": model_name(options.model),
+        "source_path": source_path(options.model),
         "recipe": plan.recipe,
         "recipe_config": settings,
         "experts": len(first.experts),
