@@ -1,15 +1,15 @@
-"""Balance and diagnosis of a converted model: how its experts are used, how steady the choice is, and what the error is made of.
+"""Balance and diagnosis of a converted model: how its experts are used, how steady the choice is, what the error is made of.
 
 For a layer with N experts of which K are chosen, over T tokens:
 
-    usage        share of tokens that choose each expert; entropy -sum p ln p / ln N of the shares; dead: at most one in a thousand
-    SRP(E, m)    segment routing best performance: each expert is on or off for a whole segment of m tokens, E experts are on; the
-                 best F1 of that as a prediction of the choices (the E most used are the best such set)
-    SCH(m, r)    segment cache best hit rate: hits of a cache of r K experts that, at a miss, evicts what the next m tokens use
-                 least (arXiv 2505.16056)
-    error        |y - y_dense|^2 / |y_dense|^2, weighted per token as the recipes do, on the inputs of the converted stream, from
-                 the dense weights with idle neurons at their means, for three choices of as many neurons:
-                 the router's, the oracle's (the K experts of largest amplitude), the best neurons of each token
+    usage        share of tokens that choose each expert; entropy: -sum p ln p / ln N of the shares; dead: at most one in 1000
+    SRP(E, m)    segment routing best performance: E experts are on for a whole segment of m tokens, the others off; the best
+                 F1 of that as a prediction of the choices (the E most used are the best such set)
+    SCH(m, r)    segment cache best hit rate: hits of a cache of r K experts that, at a miss, evicts what the next m tokens
+                 use least (both: arXiv 2505.16056)
+    error        |y - y_dense|^2 / |y_dense|^2, weighted per token as the recipes do, on the inputs of the converted stream,
+                 from the dense weights with idle neurons at their means, for three choices of as many neurons: the router's,
+                 the oracle's (the K experts of largest amplitude), the best neurons of each token
                  routing = router - oracle;  granularity = oracle - neurons;  the rest is what any such choice loses
 
 ``error_converted`` is the block as it is, with its compensation and what tuning made of it.
@@ -82,7 +82,12 @@ def balance(
             if dense is not None:
                 layers[-1] |= _errors(site, block, DenseFFN.read(site.site, dense), torch.cat(rows), torch.cat(ids))
             parts.clear()
-    return {"tokens": sum(batch["input_ids"].numel() for batch in batches), "segment": segment, "cache": cache, "layers": layers}
+    return {
+        "tokens": sum(batch["input_ids"].numel() for batch in batches),
+        "segment": segment,
+        "cache": cache,
+        "layers": layers,
+    }
 
 
 def _inputs(moe: nn.Module, blocks: list[MoEFFN], batches: Sequence[Mapping[str, Tensor]]) -> list[list[Tensor]]:
@@ -196,15 +201,15 @@ def _errors(site: SitePlan, block: MoEFFN, ffn: DenseFFN, x: Tensor, ids: Tensor
 
     active = round(site.active_neurons if block.top_k == site.top_k else len(site.shared) + block.top_k * site.expert_width)
     free = torch.ones_like(hidden).scatter_(1, energy.topk(min(active, energy.shape[1]), dim=1).indices, 0.0)
-    router, best, neurons = lost(by_expert(ids)), lost(by_expert(oracle)), lost(free)
+    router, best, single = lost(by_expert(ids)), lost(by_expert(oracle)), lost(free)
     own = float(weights @ (block(x).float() - y).square().sum(1)) / scale
     return {
         "error_router": _rounded(router),
         "error_oracle": _rounded(best),
-        "error_neurons": _rounded(neurons),
+        "error_neurons": _rounded(single),
         "error_converted": _rounded(own),
         "routing_share": _rounded((router - best) / router if router else 0.0),
-        "granularity_share": _rounded((best - neurons) / router if router else 0.0),
+        "granularity_share": _rounded((best - single) / router if router else 0.0),
     }
 
 

@@ -20,7 +20,17 @@ from ..recipes import RECIPES, Recipe
 from ..text import calibration_windows
 from ..version import __version__
 from . import command
-from .common import add_texts, checkpoint, device_of, model_name, peak_rss_bytes, progress_of, source_path, tokenizer_of, versions
+from .common import (
+    add_texts,
+    checkpoint,
+    device_of,
+    model_name,
+    peak_rss_bytes,
+    progress_of,
+    source_path,
+    tokenizer_of,
+    versions,
+)
 
 _HELD_OUT = 2  # windows kept from calibration, on which the layers' errors and the experts' usage are measured
 _BATCH = 4

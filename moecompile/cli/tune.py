@@ -71,7 +71,9 @@ def add(commands: Any) -> None:
         default = getattr(_DEFAULTS, name)
         flag = f"--{name.replace('_', '-')}"
         sub.add_argument(flag, type=kind, default=default, metavar="X", help=f"{text} (default: {default})")
-    sub.add_argument("--no-straight-through", action="store_true", help="no gradient to the routers through the experts' weights")
+    sub.add_argument(
+        "--no-straight-through", action="store_true", help="no gradient to the routers through the experts' weights"
+    )
     sub.add_argument("--gradient-checkpointing", action="store_true", help="less memory: compute each layer twice")
     sub.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 on a GPU, else float32")
     sub.set_defaults(run=run)
@@ -118,7 +120,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tune(
-    options: argparse.Namespace, config: TuneConfig, record: dict[str, Any], target: Path, device: torch.device, progress: Progress
+    options: argparse.Namespace,
+    config: TuneConfig,
+    record: dict[str, Any],
+    target: Path,
+    device: torch.device,
+    progress: Progress,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     tokenizer = load_tokenizer(str(options.out), trust_remote_code=options.trust_remote_code)
@@ -130,7 +137,7 @@ def _tune(
     moe = checkpoint.load(options.out, device=device)
     dense = load_dense(source, dtype=_dtype(moe), trust_remote_code=options.trust_remote_code).to(device)  # type: ignore[arg-type]
     check_positions(moe, options.window, "--window")
-    saved = share_tensors(moe, dense)
+    saved = share_tensors(moe, dense, config)
     progress.say(f"dense and converted model share {saved / 1e6:.0f} MB")
     folder = target.with_name(f".{target.name}.tuning")
     if options.restart and world()[0] == 0:

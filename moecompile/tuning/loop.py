@@ -189,6 +189,7 @@ class _Run:
             self._return()
         finally:
             self.undo()
+            self.teacher.close()
         size = sum(parameter.numel() for parameter in self.parameters)
         rate = (tokens - already) / seconds if first < steps else 0.0
         return Tuning(steps, tokens, round(before + seconds, 3), round(rate, 2), size, curve, first)

@@ -1,7 +1,7 @@
 """A run's checkpoint: weights in training, AdamW's moments, the place in the data, the random numbers. No pickles.
 
-``FOLDER/step-00000040/`` is written aside and renamed; older ones go once it is there. A run that is started again with the same
-settings goes on from it, and ends bit for bit where it would have ended.
+``FOLDER/step-00000040/`` is written aside and renamed; older ones go once it is there. A run that is started again with the
+same settings goes on from it, and ends bit for bit where it would have ended.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def read_state(
                 moments = {moment: like(file.get_tensor(f"{moment}/{name}"), parameter) for moment in _MOMENTS}
                 optimizer.state[parameter] = {"step": torch.tensor(float(facts["step"]), device=parameter.device), **moments}
             torch.set_rng_state(file.get_tensor("rng/cpu"))
-            if torch.cuda.is_available() and "rng/cuda" in file.keys():  # noqa: SIM118: not a dict
+            if torch.cuda.is_available() and "rng/cuda" in set(file.keys()):
                 torch.cuda.set_rng_state(file.get_tensor("rng/cuda"))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error

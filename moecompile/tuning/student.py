@@ -1,7 +1,7 @@
 """The model that is tuned: which of its parameters train, and what it shows of its inside while it computes.
 
-Routing is a choice of the k highest scores, and a chosen expert's weight is 1, so the routers get no gradient by themselves. Two
-sources are on offer:
+Routing is a choice of the k highest scores, and a chosen expert's weight is 1, so the routers get no gradient by themselves.
+Two sources are on offer:
 
     straight-through   w = 1 + p - stop(p),  p = sigmoid((s - c) / d): the loss's own gradient of the chosen experts' weights
     oracle             a logistic loss of z = (s - c) / d against the experts that matter most in the dense model
@@ -153,11 +153,9 @@ def choose_parameters(model: nn.Module, config: TuneConfig) -> dict[str, str]:
                 chosen[f"{path}.router.{name}"] = "router"
                 parameter.requires_grad_(True)
     if "norms" in config.stages:
-        for path, module in model.named_modules():
-            if "norm" in type(module).__name__.lower():
-                for name, parameter in module.named_parameters(recurse=False):
-                    chosen[f"{path}.{name}"] = "norms"
-                    parameter.requires_grad_(True)
+        for name, parameter in norm_parameters(model):
+            chosen[name] = "norms"
+            parameter.requires_grad_(True)
     for stage in config.stages:
         if stage not in chosen.values():
             raise InputError(f"--stage {stage}: this model has nothing of the kind to train")
@@ -165,6 +163,16 @@ def choose_parameters(model: nn.Module, config: TuneConfig) -> dict[str, str]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # AdamW's steps are too small for bfloat16
     return chosen
+
+
+def norm_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of all normalisations, by name."""
+    return [
+        (f"{path}.{name}", parameter)
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
 
 
 class _LowRank(nn.Module):

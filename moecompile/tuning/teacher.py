@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..apply import moe_blocks
 from ..errors import InputError
 from ..plans import MoEPlan, SitePlan
+from .config import TuneConfig
 from .loss import Head, top_log_probabilities
-from .student import Inside, layer_path, watch_layers
+from .student import Inside, layer_path, norm_parameters, watch_layers
 
 
 @dataclass
@@ -69,29 +71,39 @@ def check_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         raise InputError(f"the logits of {type(model).__name__} are not its head's product alone; it cannot be tuned")
 
 
-def share_tensors(student: nn.Module, dense: nn.Module) -> int:
-    """Let the dense model's parameters use the student's memory wherever both are equal and the student's does not train.
+def share_tensors(student: nn.Module, dense: nn.Module, config: TuneConfig | None = None) -> int:
+    """Let the dense model's parameters use the student's memory wherever both are equal and ``config`` does not train them.
+
+    The two models then stay tied: a later change of one is seen in the other.
 
     Returns:
         Bytes that are no longer held twice.
 
     Raises:
-        InputError: none is equal, so the two do not belong together.
+        InputError: most of them differ, so the two do not belong together.
     """
-    own, saved, seen = dict(student.named_parameters(remove_duplicate=False)), 0, set()
+    trained = [id(parameter) for block in moe_blocks(student).values() for parameter in block.parameters()]
+    if config is not None and "norms" in config.stages:
+        trained += [id(parameter) for _, parameter in norm_parameters(student)]
+    own = {name: one for name, one in student.named_parameters(remove_duplicate=False) if id(one) not in set(trained)}
+    saved, seen, compared = 0, set(), {}
     for name, parameter in dense.named_parameters(remove_duplicate=False):
         twin = own.get(name)
-        if twin is None or twin.requires_grad or twin.shape != parameter.shape:
+        if twin is None or twin.shape != parameter.shape:
             continue
-        if twin.data_ptr() != parameter.data_ptr() and not torch.equal(twin.to(parameter), parameter):
+        before = parameter.data_ptr()
+        compared[before] = parameter.numel()
+        if twin.data_ptr() != before and not torch.equal(twin.to(parameter), parameter):
             continue
-        if parameter.data_ptr() not in seen and twin.data_ptr() != parameter.data_ptr():
+        if before not in seen and twin.data_ptr() != before and twin.dtype == parameter.dtype:
             saved += parameter.numel() * parameter.element_size()
+        seen.add(before)
         if twin.dtype == parameter.dtype:
             parameter.data = twin.data
-        seen.add(parameter.data_ptr())
-    if not seen:
-        raise InputError("the dense model is not the one that this model was converted from: they share no weight")
+            seen.add(parameter.data_ptr())
+            compared.setdefault(parameter.data_ptr(), 0)
+    if sum(compared[pointer] for pointer in seen) * 2 <= sum(compared.values()):
+        raise InputError("the dense model is not the one that this model was converted from: most of their weights differ")
     return saved
 
 
@@ -112,9 +124,10 @@ class Teacher(nn.Module):
         self.top = top
         self._inside = Inside()
         self._amplitudes: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
         paths = [site.site.placement.block for site in plan.sites if site.site.placement is not None]
         if layers:
-            watch_layers(dense, list(dict.fromkeys(map(layer_path, paths))), self._inside)
+            self._hooks += watch_layers(dense, list(dict.fromkeys(map(layer_path, paths))), self._inside)
         for site in plan.sites if oracle else ():
             self._watch_neurons(site)
 
@@ -136,7 +149,12 @@ class Teacher(nn.Module):
             self._amplitudes[path] = sums[:, :-1].sqrt()
 
         name = site.site.down.weight.rpartition(".")[0]
-        self.dense.get_submodule(name).register_forward_pre_hook(measure)
+        self._hooks.append(self.dense.get_submodule(name).register_forward_pre_hook(measure))
+
+    def close(self) -> None:
+        """Leave the dense model as it was."""
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Targets:
