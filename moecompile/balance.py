@@ -73,6 +73,9 @@ def balance(
     blocks, layers = moe_blocks(moe), []
     routed = [(site, blocks[site.site.placement.block]) for site in plan.sites if site.site.placement is not None]
     routed = [(site, block) for site, block in routed if block.router is not None and 0 < block.top_k < block.spec.experts]
+    facts = {"tokens": sum(batch["input_ids"].numel() for batch in batches), "segment": segment, "cache": cache}
+    if not routed:
+        return {**facts, "layers": []}
     kept = _inputs(moe, [block for _, block in routed], batches)
     with evaluating(moe):
         for (site, block), parts in zip((progress or Progress()).over(routed, "diagnosis"), kept, strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..balance import balance
 from ..conversion import Conversion, convert_with_record
 from ..errors import InputError
 from ..files import check_new_folder
@@ -132,9 +133,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     conversion = convert_with_record(
         model, recipe, batches, held_out=held, keep_exact=options.keep_exact, seed=options.seed, progress=progress
     )
+    diagnosis = balance(conversion.module, model, held, progress=progress) if held is not None else None
     dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
     module = conversion.module.to(device="cpu", dtype=dtype)
     record = _record(options, recipe, conversion, windows)
+    if diagnosis is not None and diagnosis["layers"]:
+        record["diagnosis"] = diagnosis
     record["seconds"] = {"load": round(loaded - start, 3), **conversion.seconds, "total": round(time.perf_counter() - start, 3)}
     record["peak_rss_bytes"] = peak_rss_bytes()
     progress.say(f"writing {options.out}")

@@ -6,8 +6,7 @@ Two sources are on offer:
     straight-through   w = 1 + p - stop(p),  p = sigmoid((s - c) / d): the loss's own gradient of the chosen experts' weights
     oracle             a logistic loss of z = (s - c) / d against the experts that matter most in the dense model
 
-s are a token's scores, c the middle between its k-th and (k+1)-th, d the spread of the layer's scores over the batch; c and d
-carry no gradient. Centred like this the slope of p is steepest where the choice is close, and layers whose scores differ in
+s are a token's scores, c the middle between its k-th and (k+1)-th, d their standard deviation; c and d carry no gradient. Centred like this the slope of p is steepest where the choice is close, and layers whose scores differ in
 scale get gradients of the same one.
 """
 
@@ -43,7 +42,7 @@ def centred_scores(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """((T, k) chosen experts, (T, N) scores minus the threshold over the spread); 0 < k < N."""
     best, ids = torch.topk(scores, k + 1, dim=-1)
     threshold = 0.5 * (best[:, k - 1 : k] + best[:, k : k + 1]).detach()
-    return ids[:, :k], (scores - threshold) / scores.detach().std().clamp_min(1e-6)
+    return ids[:, :k], (scores - threshold) / scores.detach().std(-1, keepdim=True).clamp_min(1e-6)
 
 
 class Inside:

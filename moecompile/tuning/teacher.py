@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..plans import MoEPlan, SitePlan
 from .config import TuneConfig
 from .loss import Head, top_log_probabilities
+from .parallel import mean
 from .student import Inside, layer_path, norm_parameters, watch_layers
 
 
@@ -144,7 +145,7 @@ class Teacher(nn.Module):
             h = inputs[0].reshape(-1, inputs[0].shape[-1]).float()  # [T, F]
             weight: Tensor = module.weight  # type: ignore[assignment]
             size = weight.float().square().sum(1 if site.site.down.transposed else 0)  # [F]
-            energy = (h - h.mean(0)).square_().mul_(size)
+            energy = (h - mean(h.mean(0))).square_().mul_(size)
             sums = h.new_zeros(len(h), len(site.experts) + 1).index_add_(1, owner.to(h.device), energy)
             self._amplitudes[path] = sums[:, :-1].sqrt()
 
