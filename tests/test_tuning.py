@@ -135,6 +135,7 @@ def kl(moe: Any, dense: Any, rows: Tensor) -> float:
         {},
         {"checkpointing": True},
         {"lora_rank": 4},
+        {"kl_stride": 3},
         {"stages": ("router", "experts", "norms")},
         {"precision": "bfloat16"},
         {"layer_weight": 0.0, "oracle_weight": 0.1},

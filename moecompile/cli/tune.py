@@ -65,6 +65,7 @@ def add(commands: Any) -> None:
         ("layer_weight", float, "weight of the layers' relative error beside the logits' KL"),
         ("oracle_weight", float, "weight of the routers' loss against the oracle choice"),
         ("top_logits", int, "the teacher's largest logits that are matched one by one"),
+        ("kl_stride", int, "match the logits at every n-th position alone: less work with the head"),
         ("lora_rank", int, "train low-rank updates of the experts' matrices; 0: the matrices"),
         ("save_every", int, "steps between checkpoints"),
     ):
@@ -88,7 +89,7 @@ def config_of(options: argparse.Namespace) -> TuneConfig:
     same = ("learning_rate", "router_rate", "warmup", "weight_decay", "clip", "layer_weight", "oracle_weight", "top_logits")
     config = TuneConfig(
         stages=tuple(part.strip() for part in options.stage.split(",") if part.strip()),
-        **{name: getattr(options, name) for name in (*same, "lora_rank", "save_every", "precision", "seed")},
+        **{name: getattr(options, name) for name in (*same, "kl_stride", "lora_rank", "save_every", "precision", "seed")},
         straight_through=not options.no_straight_through,
         checkpointing=options.gradient_checkpointing,
     )

@@ -29,6 +29,8 @@ class TuneConfig:
         oracle_weight: weight of the routers' loss against the oracle choice (0: none).
         straight_through: whether routers get a gradient through the chosen experts' weights.
         top_logits: how many of the teacher's largest logits are matched one by one; the rest is matched as one class.
+        kl_stride: the distributions are matched at every n-th position alone, another residue in each step. The head is a third
+            of a small model's work, and the layers' errors are matched everywhere.
         lora_rank: train low-rank updates of this rank in place of the experts' matrices (0: the matrices themselves).
         checkpointing: compute each layer again in the backward pass instead of keeping it.
         precision: ``bfloat16`` computes under autocast (weights and AdamW stay float32); ``auto``: bfloat16 on a GPU.
@@ -47,6 +49,7 @@ class TuneConfig:
     oracle_weight: float = 0.0
     straight_through: bool = True
     top_logits: int = 128
+    kl_stride: int = 1
     lora_rank: int = 0
     checkpointing: bool = False
     precision: str = "auto"
@@ -74,7 +77,7 @@ class TuneConfig:
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it cannot be negative")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"--warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
-        for name in ("top_logits", "save_every"):
+        for name in ("top_logits", "kl_stride", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
 

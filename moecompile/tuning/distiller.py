@@ -48,14 +48,17 @@ class Distiller(nn.Module):
         self.config, self.dtype = config, dtype
         self._inside, self._top_k = inside, dict(top_k)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor], step: int) -> Tensor:
         """(4,) float32: the loss and its parts, as in :data:`PARTS`; only the first has a gradient."""
+        stride = self.config.kl_stride
+        positions = slice(step % stride, None, stride)
         kind = inputs["input_ids"].device.type
         with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
-            targets = self.teacher(inputs, self.dtype)
+            targets = self.teacher(inputs, self.dtype, positions)
             with self._inside.collecting():
                 hidden = hidden_states(self.student, inputs)
-        kl = head_kl(unpadded(hidden, inputs), head_of(self.student, self.dtype), targets.ids, targets.logp)
+        rows = unpadded(hidden, inputs)[positions]
+        kl = head_kl(rows, head_of(self.student, self.dtype), targets.ids, targets.logp)
         zero = kl.new_zeros(())
         mask = inputs.get("attention_mask")
         real = slice(None) if mask is None else mask.bool().flatten()

@@ -198,7 +198,7 @@ class _Run:
         factor = self.config.rate(step, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        losses = self.distiller({name: part_of(value) for name, value in inputs.items()})
+        losses = self.distiller({name: part_of(value) for name, value in inputs.items()}, step)
         losses[0].backward()
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         shown = mean(losses.detach().clone())

@@ -158,12 +158,12 @@ class Teacher(nn.Module):
             hook.remove()
 
     @torch.no_grad()
-    def forward(self, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Targets:
-        """The targets of a batch; tokens that padding masks are left out of the distribution alone."""
+    def forward(self, inputs: Mapping[str, Tensor], dtype: torch.dtype, positions: slice = slice(None)) -> Targets:
+        """The targets of a batch; the distribution only at some of the positions that are not padding."""
         self._amplitudes = {}
         with self._inside.collecting():
             hidden = hidden_states(self.dense, inputs)
-        rows = unpadded(hidden, inputs)
+        rows = unpadded(hidden, inputs)[positions]
         ids, logp = top_log_probabilities(rows, head_of(self.dense, dtype), self.top)
         layers = {path: value.flatten(0, -2) for path, value in self._inside.layers.items()}
         self._inside.clear()
