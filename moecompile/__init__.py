@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .apply import moe_blocks, set_top_k, using_top_k
-from .balance import balance
+from .balancing import balance
 from .bisection import bisect
 from .checkpoint import load, register, save
 from .compiled import compile

@@ -10,7 +10,7 @@ import torch
 from tuning import batches, dense_model, pair
 
 import moecompile
-from moecompile.balance import routing
+from moecompile.balancing import routing
 from moecompile.errors import InputError
 from moecompile.recipes import Calibrated, Contiguous, Static
 from moecompile.report import render
@@ -31,7 +31,9 @@ def test_srp_is_the_best_f1_of_all_fixed_sets() -> None:
     for size in range(1, experts + 1):  # the same size for every segment, the best set of it for each
         hits = 0
         for part in ids.split(segment):
-            hits += max(sum(int(e in row) for row in part.tolist() for e in on) for on in itertools.combinations(range(5), size))
+            hits += max(
+                sum(int(e in row) for row in part.tolist() for e in on) for on in itertools.combinations(range(5), size)
+            )
         best = max(best, 2 * hits / (len(ids) * (size + top_k)))
     assert routing([ids], experts, top_k, segment)["srp"] == pytest.approx(best, abs=1e-4)
 

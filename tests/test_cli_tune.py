@@ -48,7 +48,10 @@ def original(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, texts: li
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
     options = ["--experts", "6", "--shared", "2", "--top-k", "2", "--calibration-window", "16", "--calibration-tokens", "256"]
-    assert main(["convert", str(folder / "dense"), str(folder / "moe"), *options, "--quiet", "--calibration", *map(str, texts)]) == 0
+    assert (
+        main(["convert", str(folder / "dense"), str(folder / "moe"), *options, "--quiet", "--calibration", *map(str, texts)])
+        == 0
+    )
     return folder
 
 

@@ -242,7 +242,7 @@ def test_a_killed_run_ends_where_it_would_have(tmp_path: Path) -> None:
 
 def test_another_run_is_not_gone_on_from(tmp_path: Path) -> None:
     run(tmp_path, steps=3)
-    with pytest.raises(InputError, match="another run|another steps|--restart"):
+    with pytest.raises(InputError, match="--restart"):
         run(tmp_path, steps=4)
 
 
@@ -302,7 +302,7 @@ def test_bad_settings_are_refused() -> None:
         moecompile.tune(moe, dense, [])
     with pytest.raises(InputError, match="takes input_ids"):
         moecompile.tune(moe, dense, [{"input_ids": batches(1)[0], "labels": batches(1)[0]}])
-    with pytest.raises(InputError, match="linear head|head's product"):
+    with pytest.raises(InputError, match=r"linear head|head's product"):
         moecompile.tune(moe, torch.nn.Linear(2, 2), batches(1))
     exact = moecompile.convert(
         dense, moecompile.recipes.Calibrated(experts=6, shared=2, top_k=2), batches(2), keep_exact=True

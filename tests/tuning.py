@@ -1,10 +1,12 @@
-"""What the tests of tuning share: a tiny Llama whose logits differ, its conversion, batches; also run as a process of its own."""
+"""What the tests of tuning share: a tiny pair of models, batches; also run as a process of its own."""
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,14 @@ def dense_model(family: str = "llama", **changes: Any) -> Any:
     return model
 
 
-def pair(family: str = "llama", **changes: Any) -> tuple[Any, Any]:
-    """(dense, converted with 2 of 6 experts beside 2 shared slices)."""
-    dense = dense_model(family, **changes)
+def pair(family: str = "llama") -> tuple[Any, Any]:
+    """(dense, converted with 2 of 6 experts beside 2 shared slices), fresh copies."""
+    return copy.deepcopy(_pair(family))
+
+
+@cache
+def _pair(family: str) -> tuple[Any, Any]:
+    dense = dense_model(family)
     recipe = Calibrated(experts=6, shared=2, top_k=2)
     return dense, moecompile.convert(dense, recipe, [{"input_ids": rows} for rows in batches(4, 11)])
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..balance import balance
+from ..balancing import balance
 from ..conversion import Conversion, convert_with_record
 from ..errors import InputError
 from ..files import check_new_folder

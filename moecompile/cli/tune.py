@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..balance import balance
+from ..balancing import balance
 from ..errors import InputError
 from ..evaluate import active_fraction, perplexity
 from ..files import check_new_folder

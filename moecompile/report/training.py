@@ -76,8 +76,8 @@ def diagnosis(record: Mapping[str, Any]) -> Section:
         for name, layer in zip(names, layers, strict=True)
     ]  # fmt: skip
     sentence = (
-        f"On {text.whole(found.get('tokens'))} tokens. SRP is the best F1 of having the same experts on for {segment} tokens in "
-        f"a row; SCH is the hit rate of the best cache that knows the next {segment} tokens (arXiv 2505.16056)."
+        f"On {text.whole(found.get('tokens'))} tokens. SRP is the best F1 of having the same experts on for {segment} tokens "
+        f"in a row; SCH is the hit rate of the best cache that knows the next {segment} tokens (arXiv 2505.16056)."
     )
     blocks = [Block("Use and consistency", sentence, None, [Table("Routing by site", columns, rows, frozenset(range(1, 6)))])]
     if any(finite(layer.get("error_router")) is not None for layer in layers):
@@ -116,7 +116,7 @@ def _shares(names: Sequence[str], layers: Sequence[Mapping[str, Any]]) -> Block:
     ]  # fmt: skip
     columns = ("site", *(label for _, label in _CHOICES), "routing", "granularity")
     sentence = (
-        "What the error is made of: the dense weights with idle neurons at their means, as many neurons on, chosen in three ways. "
+        "The dense weights with idle neurons at their means and as many neurons on, chosen in three ways. "
         "Routing is what the best experts would save, granularity what single neurons would save beyond that."
     )
     table = Table("Error by the choice of neurons", columns, rows, frozenset(range(1, 7)))

@@ -6,8 +6,9 @@ Two sources are on offer:
     straight-through   w = 1 + p - stop(p),  p = sigmoid((s - c) / d): the loss's own gradient of the chosen experts' weights
     oracle             a logistic loss of z = (s - c) / d against the experts that matter most in the dense model
 
-s are a token's scores, c the middle between its k-th and (k+1)-th, d their standard deviation; c and d carry no gradient. Centred like this the slope of p is steepest where the choice is close, and layers whose scores differ in
-scale get gradients of the same one.
+s are a token's scores, c the middle between its k-th and (k+1)-th, d their standard deviation; c and d carry no gradient.
+Centred like this the slope of p is steepest where the choice is close, and layers whose scores differ in scale get gradients of
+the same one.
 """
 
 from __future__ import annotations
