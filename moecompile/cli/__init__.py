@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, _interrupt)
         options = parser().parse_args(arguments)
         result = options.run(options)
-        if options.json:
+        if options.json and "json" in result:  # under torchrun only the first process has something to say
             print(json.dumps(result["json"]))
         elif result.get("text"):
             print(result["text"])

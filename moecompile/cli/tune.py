@@ -23,7 +23,7 @@ from ..tuning import TuneConfig, Tuning, share_tensors, tune
 from ..tuning.config import PRECISIONS, STAGES
 from ..tuning.data import Windows, split
 from ..tuning.loop import fingerprint
-from ..tuning.parallel import process_group, world
+from ..tuning.parallel import barrier, process_group, world
 from ..tuning.state import latest
 from . import command
 from .common import add_texts, checkpoint, device_of, peak_rss_bytes, progress_of, versions
@@ -111,8 +111,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with process_group(device_of(options)) as device:
         progress = progress_of(options) if world()[0] == 0 else Progress()
         result = _tune(options, config, record, target, device, progress)
-    if world()[0] != 0:
-        return {"json": result, "text": ""}
+    if "out" not in result:
+        return {}
     text = (
         f"{target}: held-out perplexity {result['perplexity_before']:.3f} -> {result['perplexity_after']:.3f} "
         f"(dense {result['perplexity_dense']:.3f}), {result['tokens']} tokens, {result['tokens_per_second']:.0f} tokens/s"
@@ -143,6 +143,7 @@ def _tune(
     folder = target.with_name(f".{target.name}.tuning")
     if options.restart and world()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
+    barrier()
     facts = {"data": fingerprint(batches.rows[batches.order]), "model": _model_mark(moe)}
     rows = held.to(device)
     before = _before(folder, moe, dense, rows, progress)
@@ -151,7 +152,7 @@ def _tune(
     result = _result(options, config, tuning, before, after, held)
     result["active_fraction"] = round(active_fraction(moe), 6)
     if world()[0] != 0:
-        return result
+        return {}
     record["diagnosis"] = balance(moe, dense, [{"input_ids": row[None]} for row in rows], progress=progress)
     result["seconds"] = round(time.perf_counter() - start, 3)
     result["peak_rss_bytes"] = peak_rss_bytes()

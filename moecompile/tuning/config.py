@@ -39,8 +39,8 @@ class TuneConfig:
     """
 
     stages: tuple[str, ...] = ("router", "experts")
-    learning_rate: float = 5e-4
-    router_rate: float = 0.01
+    learning_rate: float = 1e-4
+    router_rate: float = 1e-3
     warmup: float = 0.1
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)

@@ -51,6 +51,12 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def barrier() -> None:
+    """Wait for the other processes."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
 def shard(root: nn.Module, student: nn.Module, dense: nn.Module, paths: list[str], device: torch.device) -> None:
     """Shard the layers of both models, then what is left, in place."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -69,6 +69,8 @@ def check_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     short = {name: value[:1, :8] for name, value in inputs.items()}
     expected = model(**short, use_cache=False).logits.float()
     own = head.logits(hidden_states(model, short).flatten(0, 1)).view_as(expected)
+    if not bool(expected.isfinite().all()):
+        return  # the first step says so
     if not torch.allclose(own, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise InputError(f"the logits of {type(model).__name__} are not its head's product alone; it cannot be tuned")
 
