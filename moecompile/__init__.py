@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .apply import moe_blocks, set_top_k, using_top_k
+from .balancing import balance
 from .bisection import bisect
 from .checkpoint import load, register, save
 from .compiled import compile
@@ -22,6 +23,7 @@ from .inspection import generated_code, last_graphs, write_repro
 from .lowered import FallbackWarning
 from .plans import MoEPlan
 from .stock import register_experts
+from .tuning import TuneConfig, Tuning, tune
 from .verification import verify
 from .version import __version__
 
@@ -39,7 +41,10 @@ __all__ = [
     "MoEPlan",
     "ParityError",
     "PlanError",
+    "TuneConfig",
+    "Tuning",
     "__version__",
+    "balance",
     "bisect",
     "compile",
     "convert",
@@ -51,6 +56,7 @@ __all__ = [
     "plan",
     "save",
     "set_top_k",
+    "tune",
     "using_top_k",
     "verify",
     "write_repro",

@@ -22,7 +22,7 @@ from moecompile.report.quality import entropy
 
 LAYERS, EXPERTS, SHARED, TOP_K = 6, 12, 4, 4
 EVAL = "moecompile eval OUT --text FILE"
-SECTIONS = ("perplexity", "sites", "usage", "reconstruction", "costs")
+SECTIONS = ("perplexity", "sites", "usage", "reconstruction", "diagnosis", "tuning", "costs")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

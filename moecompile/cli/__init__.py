@@ -27,12 +27,12 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The whole command line."""
     from ..version import __version__
-    from . import convert, evaluate, explain, generate, report
+    from . import convert, evaluate, explain, generate, report, tune
 
     top = Parser(prog="moecompile", description="Turn a dense transformer into a Mixture-of-Experts.")
     top.add_argument("--version", action="version", version=f"moecompile {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (explain, convert, evaluate, generate, report):
+    for module in (explain, convert, tune, evaluate, generate, report):
         module.add(commands)
     return top
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, _interrupt)
         options = parser().parse_args(arguments)
         result = options.run(options)
-        if options.json:
+        if options.json and "json" in result:  # under torchrun only the first process has something to say
             print(json.dumps(result["json"]))
         elif result.get("text"):
             print(result["text"])

@@ -57,6 +57,12 @@ def model_name(model: str) -> str:
     return model if path is None else (path.stem if path.is_file() else path.resolve().name)
 
 
+def source_path(model: str) -> str:
+    """Where the dense model is, for the record: the whole path of a folder or file, or the hub id."""
+    path = local_path(model)
+    return model if path is None else str(path.resolve())
+
+
 def peak_rss_bytes() -> int:
     """The process's largest resident set so far."""
     scale = 1 if sys.platform == "darwin" else 1024

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..balancing import balance
 from ..conversion import Conversion, convert_with_record
 from ..errors import InputError
 from ..files import check_new_folder
@@ -20,7 +21,17 @@ from ..recipes import RECIPES, Recipe
 from ..text import calibration_windows
 from ..version import __version__
 from . import command
-from .common import add_texts, checkpoint, device_of, model_name, peak_rss_bytes, progress_of, tokenizer_of, versions
+from .common import (
+    add_texts,
+    checkpoint,
+    device_of,
+    model_name,
+    peak_rss_bytes,
+    progress_of,
+    source_path,
+    tokenizer_of,
+    versions,
+)
 
 _HELD_OUT = 2  # windows kept from calibration, on which the layers' errors and the experts' usage are measured
 _BATCH = 4
@@ -122,9 +133,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     conversion = convert_with_record(
         model, recipe, batches, held_out=held, keep_exact=options.keep_exact, seed=options.seed, progress=progress
     )
+    diagnosis = balance(conversion.module, model, held, progress=progress) if held is not None else None
     dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
     module = conversion.module.to(device="cpu", dtype=dtype)
     record = _record(options, recipe, conversion, windows)
+    if diagnosis is not None and diagnosis["layers"]:
+        record["diagnosis"] = diagnosis
     record["seconds"] = {"load": round(loaded - start, 3), **conversion.seconds, "total": round(time.perf_counter() - start, 3)}
     record["peak_rss_bytes"] = peak_rss_bytes()
     progress.say(f"writing {options.out}")
@@ -185,6 +199,7 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "source": model_name(options.model),
+        "source_path": source_path(options.model),
         "recipe": plan.recipe,
         "recipe_config": settings,
         "experts": len(first.experts),

@@ -7,6 +7,7 @@ said in one sentence, with the command that fills it.
     text       values as text           evaluations   like with like
     charts     inline SVG               blocks        what a section is made of
     quality    measured sections        facts         sections of facts
+    training   tuning, diagnosis
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .evaluations import Evaluation, Group, collect, groups, headline
 from .facts import costs, sites
 from .quality import perplexities, reconstruction, usage
 from .text import as_mapping, finite, numeric, plain
+from .training import diagnosis, tuning
 
 __all__ = ["render"]
 
@@ -56,6 +58,8 @@ def render(record: Mapping[str, Any], *, plan: object = None, comparisons: Seque
         sites(record),
         usage(record),
         reconstruction(record),
+        diagnosis(record),
+        tuning(record),
         costs(record),
     ]
     page = _environment().get_template("page.html.jinja")

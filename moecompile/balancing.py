@@ -1,0 +1,220 @@
+"""Balance and diagnosis of a converted model: how its experts are used, how steady the choice is, what the error is made of.
+
+For a layer with N experts of which K are chosen, over T tokens:
+
+    usage        share of tokens that choose each expert; entropy: -sum p ln p / ln N of the shares; dead: at most one in 1000
+    SRP(E, m)    segment routing best performance: E experts are on for a whole segment of m tokens, the others off; the best
+                 F1 of that as a prediction of the choices (the E most used are the best such set)
+    SCH(m, r)    segment cache best hit rate: hits of a cache of r K experts that, at a miss, evicts what the next m tokens
+                 use least (both: arXiv 2505.16056)
+    error        |y - y_dense|^2 / |y_dense|^2, weighted per token as the recipes do, on the inputs of the converted stream,
+                 from the dense weights with idle neurons at their means, for three choices of as many neurons: the router's,
+                 the oracle's (the K experts of largest amplitude), the best neurons of each token
+                 routing = router - oracle;  granularity = oracle - neurons;  the rest is what any such choice loses
+
+``error_converted`` is the block as it is, with its compensation and what tuning made of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .apply import moe_blocks
+from .block import MoEFFN
+from .errors import InputError
+from .parity import evaluating
+from .plans import MoEPlan, SitePlan
+from .progress import Progress
+from .recipes.neurons import token_weights
+from .sites import DenseFFN
+
+DEAD = 0.001
+SEGMENT, CACHE = 16, 2.0  # m of both metrics; the cache holds twice the active experts, the paper's recommendation
+
+
+@torch.no_grad()
+def balance(
+    moe: nn.Module,
+    dense: nn.Module | None,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    segment: int = SEGMENT,
+    cache: float = CACHE,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure every layer that routes.
+
+    Args:
+        moe: a converted model.
+        dense: the dense model, for the shares of the error; None leaves them out.
+        batches: model inputs (keyword arguments) without padding; each row is one sequence.
+        segment: m, tokens.
+        cache: r, the cache's size over the experts chosen.
+        progress: shows how far the work is.
+
+    Returns:
+        ``tokens, segment, cache`` and ``layers``: for each ``site, experts, top_k, usage, entropy, dead, srp, srp_size, sch,
+        sch_experts`` and, with the dense model, ``error_router, error_oracle, error_neurons, error_converted, routing_share,
+        granularity_share`` (of ``error_router``).
+
+    Raises:
+        InputError: the model was not converted, or there are no batches.
+    """
+    plan = getattr(moe, "moecompile_plan", None)
+    if not isinstance(plan, MoEPlan) or not moe_blocks(moe):
+        raise InputError("the model was not converted by moecompile")
+    if not batches:
+        raise InputError("there are no batches to measure on")
+    blocks, layers = moe_blocks(moe), []
+    routed = [(site, blocks[site.site.placement.block]) for site in plan.sites if site.site.placement is not None]
+    routed = [(site, block) for site, block in routed if block.router is not None and 0 < block.top_k < block.spec.experts]
+    facts = {"tokens": sum(batch["input_ids"].numel() for batch in batches), "segment": segment, "cache": cache}
+    if not routed:
+        return {**facts, "layers": []}
+    kept = _inputs(moe, [block for _, block in routed], batches)
+    with evaluating(moe):
+        for (site, block), parts in zip((progress or Progress()).over(routed, "diagnosis"), kept, strict=True):
+            rows = [row for part in parts for row in part.reshape(-1, part.shape[-2], part.shape[-1])]
+            ids = [block.choose(row)[0] for row in rows]
+            layers.append({"site": site.site.name, **routing(ids, block.spec.experts, block.top_k, segment, cache)})
+            if dense is not None:
+                layers[-1] |= _errors(site, block, DenseFFN.read(site.site, dense), torch.cat(rows), torch.cat(ids))
+            parts.clear()
+    return {
+        "tokens": sum(batch["input_ids"].numel() for batch in batches),
+        "segment": segment,
+        "cache": cache,
+        "layers": layers,
+    }
+
+
+def _inputs(moe: nn.Module, blocks: list[MoEFFN], batches: Sequence[Mapping[str, Tensor]]) -> list[list[Tensor]]:
+    """For each block its input (B, L, D) in every batch."""
+    kept: list[list[Tensor]] = [[] for _ in blocks]
+    hooks = [
+        block.register_forward_pre_hook(lambda _m, inputs, own=own: own.append(inputs[0].detach()))
+        for block, own in zip(blocks, kept, strict=True)
+    ]
+    try:
+        with evaluating(moe):
+            for batch in batches:
+                moe(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept
+
+
+def routing(ids: Sequence[Tensor], experts: int, top_k: int, segment: int = SEGMENT, cache: float = CACHE) -> dict[str, Any]:
+    """Usage and consistency of one layer's choices.
+
+    Args:
+        ids: for each sequence the chosen experts (L, K).
+        experts: N.
+        top_k: K.
+        segment: m.
+        cache: r.
+    """
+    chosen = [torch.zeros(len(one), experts, device=one.device).scatter_(1, one, 1.0) for one in ids]
+    usage = torch.cat(chosen).mean(0).cpu()
+    shares = usage / usage.sum().clamp_min(1e-12)
+    entropy = float(-(shares * shares.clamp_min(1e-12).log()).sum()) / math.log(experts) if experts > 1 else 1.0
+    size, srp = _srp(chosen, top_k, segment)
+    slots = min(experts, max(1, round(cache * top_k)))
+    return {
+        "experts": experts,
+        "top_k": top_k,
+        "usage": [round(float(value), 5) for value in usage],
+        "entropy": round(entropy, 4),
+        "dead": int((usage <= DEAD).sum()),
+        "srp": round(srp, 4),
+        "srp_size": size,
+        "sch": round(_sch(chosen, slots, segment), 4),
+        "sch_experts": slots,
+    }
+
+
+def _srp(chosen: Sequence[Tensor], top_k: int, segment: int) -> tuple[int, float]:
+    """(best number of experts E, its F1): with counts c_e within a segment, F1 = 2 sum_{e on} c_e / (m E + m K)."""
+    counts = [part.sum(0).sort(descending=True).values for one in chosen for part in one.split(segment) if len(part) == segment]
+    if not counts:
+        return 0, math.nan
+    hits = torch.stack(counts).double().mean(0).cumsum(0)  # [N], of E = 1 ... N
+    sizes = torch.arange(1, len(hits) + 1, device=hits.device)
+    f1 = 2 * hits / (segment * (sizes + top_k))
+    best = int(f1.argmax())
+    return best + 1, float(f1[best])
+
+
+def _sch(chosen: Sequence[Tensor], slots: int, segment: int) -> float:
+    """Hit rate of a cache of ``slots`` experts over each sequence, empty at its start.
+
+    What stays after a token is the set of experts, among those cached and those just used, that the next ``segment`` tokens use
+    most; the rest of a tie is decided for the more recently used.
+    """
+    hits = total = 0
+    for one in chosen:
+        needs = one.cpu().bool()
+        ahead = torch.cat([needs.double().cumsum(0), needs.new_zeros(1, needs.shape[1]).double()])
+        length, experts = needs.shape
+        cached = torch.zeros(experts, dtype=torch.bool)
+        last = torch.full((experts,), -1.0, dtype=torch.float64)
+        for token in range(length):
+            need = needs[token]
+            hits += int((need & cached).sum())
+            total += int(need.sum())
+            last[need] = float(token)
+            here = need | cached
+            if int(here.sum()) > slots:
+                stop = min(length - 1, token + segment)
+                soon = ahead[stop] - ahead[token]
+                worth = torch.where(here, soon + (last + 1) / (length + 1), -1.0)
+                here = torch.zeros_like(here).scatter_(0, worth.topk(slots).indices, True)
+            cached = here
+    return hits / total if total else math.nan
+
+
+def _errors(site: SitePlan, block: MoEFFN, ffn: DenseFFN, x: Tensor, ids: Tensor) -> dict[str, float]:
+    """The error of three choices of neurons on inputs x (T, D) with the router's choices (T, K), and the block's own."""
+    dtype = ffn.up.dtype
+    y = ffn.output(ffn.hidden(x.to(dtype))).float()
+    hidden, down = ffn.hidden(x.to(dtype)).float(), ffn.down.float()  # [T, F], [D, F]
+    weights = token_weights(y.norm(dim=1))
+    idle = hidden - (weights @ hidden) / weights.sum()
+    owner = torch.full((hidden.shape[1],), len(site.experts), dtype=torch.long, device=x.device)
+    for number, neurons in enumerate(site.experts):
+        owner[list(neurons)] = number
+    energy = idle.square() * down.square().sum(0)
+    amplitude = energy.new_zeros(len(x), len(site.experts) + 1).index_add_(1, owner, energy)[:, :-1]
+    oracle = amplitude.topk(ids.shape[1], dim=1).indices
+    scale = float(weights @ y.square().sum(1)) or 1.0
+
+    def lost(off: Tensor) -> float:
+        return float(weights @ ((idle * off) @ down.t()).square().sum(1)) / scale
+
+    def by_expert(choice: Tensor) -> Tensor:
+        on = torch.zeros(len(x), len(site.experts) + 1, device=x.device).scatter_(1, choice, 1.0)
+        on[:, -1] = 1.0
+        return 1 - on[:, owner]
+
+    active = round(site.active_neurons if block.top_k == site.top_k else len(site.shared) + block.top_k * site.expert_width)
+    free = torch.ones_like(hidden).scatter_(1, energy.topk(min(active, energy.shape[1]), dim=1).indices, 0.0)
+    router, best, single = lost(by_expert(ids)), lost(by_expert(oracle)), lost(free)
+    own = float(weights @ (block(x).float() - y).square().sum(1)) / scale
+    return {
+        "error_router": _rounded(router),
+        "error_oracle": _rounded(best),
+        "error_neurons": _rounded(single),
+        "error_converted": _rounded(own),
+        "routing_share": _rounded((router - best) / router if router else 0.0),
+        "granularity_share": _rounded((best - single) / router if router else 0.0),
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

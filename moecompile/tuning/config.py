@@ -1,0 +1,93 @@
+"""Settings of a tuning run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import InputError
+
+STAGES = ("router", "experts", "norms")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How a converted model is tuned.
+
+    Attributes:
+        stages: what is trained: ``router``, ``experts`` (all weights and biases of shared neurons and experts), ``norms``.
+        learning_rate: peak rate of AdamW for experts and norms.
+        router_rate: peak rate of the routers, relative to the root mean square of each router's own weights: the scores of
+            two layers can differ a hundredfold in scale, and a choice depends on their order alone.
+        warmup: share of the steps over which the rate rises linearly; then it falls to 0 along a cosine.
+        weight_decay: AdamW's, of matrices (never of biases or norms).
+        betas: AdamW's.
+        clip: largest norm of all gradients together.
+        layer_weight: weight of the layer-wise error beside the KL of the logits (0: none).
+        oracle_weight: weight of the routers' loss against the oracle choice (0: none).
+        straight_through: whether routers get a gradient through the chosen experts' weights.
+        top_logits: how many of the teacher's largest logits are matched one by one; the rest is matched as one class.
+        kl_stride: the distributions are matched at every n-th position alone, another residue in each step. The head is a third
+            of a small model's work, and the layers' errors are matched everywhere.
+        lora_rank: train low-rank updates of this rank in place of the experts' matrices (0: the matrices themselves).
+        checkpointing: compute each layer again in the backward pass instead of keeping it.
+        precision: ``bfloat16`` computes under autocast (weights and AdamW stay float32); ``auto``: bfloat16 on a GPU.
+        save_every: steps between checkpoints.
+        seed: of every random choice.
+    """
+
+    stages: tuple[str, ...] = ("router", "experts")
+    learning_rate: float = 1e-4
+    router_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    layer_weight: float = 1.0
+    oracle_weight: float = 0.0
+    straight_through: bool = True
+    top_logits: int = 128
+    kl_stride: int = 1
+    lora_rank: int = 0
+    checkpointing: bool = False
+    precision: str = "auto"
+    save_every: int = 20
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse settings that make no sense.
+
+        Raises:
+            InputError: with what is wrong.
+        """
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or not self.stages:
+            raise InputError(f"--stage is '{','.join(self.stages)}'; it is a list of {', '.join(STAGES)}")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"--precision is '{self.precision}'; it can be {', '.join(PRECISIONS)}")
+        for name in ("learning_rate", "router_rate", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+        for name in ("weight_decay", "layer_weight", "oracle_weight", "lora_rank"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it cannot be negative")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"--warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
+        for name in ("top_logits", "kl_stride", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready settings."""
+        return {**asdict(self), "stages": list(self.stages), "betas": list(self.betas)}
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step (from 0) over its peak: a linear rise, then a cosine to 0."""
+        rise = math.ceil(self.warmup * steps)
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))

@@ -1,0 +1,70 @@
+"""The text of a run: windows in an order that the seed fixes, and a held-out tenth of each file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..text import read_text, token_ids, windows
+
+HELD_OUT = 0.1  # the last share of each file, never trained on
+
+
+class Windows(Sequence[Tensor]):
+    """Batches (B, L) of windows, drawn equally from the files, each file's in a random order of its own.
+
+    A file that has been read to its end is shuffled and read again.
+
+    Args:
+        parts: (W, L) windows of each file.
+        batches: how many batches.
+        batch: B.
+        seed: of the order.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], batches: int, batch: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.rows, self.batch = torch.cat(list(parts)), batch
+        offset, orders = 0, []
+        for part in parts:
+            share = -(-batches * batch // len(parts))
+            rounds = [torch.randperm(len(part), generator=generator) for _ in range(-(-share // len(part)))]
+            orders.append(torch.cat(rounds)[:share] + offset)
+            offset += len(part)
+        self.order = torch.stack(orders, dim=1).flatten()[: batches * batch]
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        start = index % len(self) * self.batch
+        return self.rows[self.order[start : start + self.batch]]
+
+
+def split(tokenizer: Any, paths: Sequence[Path], length: int, held: int) -> tuple[list[Tensor], Tensor]:
+    """(windows to train on (W, L) of each file, held-out windows (H, L)): ``held`` of each file, spread over its last tenth.
+
+    Raises:
+        InputError: a file cannot be read, or its last tenth is shorter than a window.
+    """
+    if length < 2:
+        raise InputError(f"--window is {length}; a window needs at least 2 tokens")
+    if held < 1:
+        raise InputError(f"--held-out is {held}; it must be at least 1 window of each file")
+    train, kept = [], []
+    for path in paths:
+        ids = token_ids(tokenizer, read_text(path))
+        cut = len(ids) - max(length, round(HELD_OUT * len(ids)))
+        part, rest = windows(ids[: max(cut, 0)], length), windows(ids[max(cut, 0) :], length)
+        if len(part) == 0 or len(rest) == 0:
+            raise InputError(f"{path} has {len(ids)} tokens; tuning needs two windows of {length} (--window) at least")
+        train.append(part)
+        kept.append(rest[torch.linspace(0, len(rest) - 1, min(held, len(rest))).round().long()])
+    return train, torch.cat(kept)

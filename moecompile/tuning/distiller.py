@@ -1,0 +1,89 @@
+"""Student, teacher and their losses as one module, so that a single forward call is everything that is sharded or recomputed.
+
+    loss = KL(teacher || student) + layer_weight * mean over layers of |s_l - t_l|^2 / |t_l|^2 + oracle_weight * L_router
+
+s_l, t_l are the residual streams behind layer l. L_router is a logistic loss of the routers' centred scores against the experts
+that matter most in the dense model, each weighted by how far its amplitude is from the threshold: a choice that is nearly a tie
+costs nearly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .config import TuneConfig
+from .loss import head_kl, relative_error
+from .student import Inside
+from .teacher import Teacher, head_of, hidden_states, unpadded
+
+PARTS = ("loss", "kl", "layers", "router")
+
+
+class Distiller(nn.Module):
+    """Computes the loss of a batch.
+
+    Args:
+        student: the converted model, made ready by :func:`moecompile.tuning.student.ready_for_training`.
+        teacher: the dense model.
+        inside: what the student's hooks fill.
+        top_k: block path -> experts chosen, of the blocks that route.
+        config: the weights of the losses.
+        dtype: to compute in; other than float32 it is autocast's.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        inside: Inside,
+        top_k: Mapping[str, int],
+        config: TuneConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.config, self.dtype = config, dtype
+        self._inside, self._top_k = inside, dict(top_k)
+
+    def forward(self, inputs: Mapping[str, Tensor], step: int) -> Tensor:
+        """(4,) float32: the loss and its parts, as in :data:`PARTS`; only the first has a gradient."""
+        stride = self.config.kl_stride
+        positions = slice(step % stride, None, stride)
+        kind = inputs["input_ids"].device.type
+        with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
+            targets = self.teacher(inputs, self.dtype, positions)
+            with self._inside.collecting():
+                hidden = hidden_states(self.student, inputs)
+        rows = unpadded(hidden, inputs)[positions]
+        kl = head_kl(rows, head_of(self.student, self.dtype), targets.ids, targets.logp)
+        zero = kl.new_zeros(())
+        mask = inputs.get("attention_mask")
+        real = slice(None) if mask is None else mask.bool().flatten()
+        layers = [
+            relative_error(own.flatten(0, -2)[real], targets.layers[path][real])
+            for path, own in self._inside.layers.items()
+            if path in targets.layers
+        ]
+        layer = torch.stack(layers).mean() if layers else zero
+        routers = [
+            oracle_loss(scores[real], targets.amplitudes[path][real], self._top_k[path])
+            for path, scores in self._inside.scores.items()
+            if path in targets.amplitudes
+        ]
+        router = torch.stack(routers).mean() if routers else zero
+        self._inside.clear()
+        loss = kl + self.config.layer_weight * layer + self.config.oracle_weight * router
+        return torch.stack([loss, kl.detach(), layer.detach(), router.detach()])
+
+
+def oracle_loss(centred: Tensor, amplitudes: Tensor, k: int) -> Tensor:
+    """Logistic loss of centred scores (T, N) against the k experts of largest amplitude (T, N)."""
+    best = amplitudes.topk(k + 1, dim=-1).values
+    threshold = 0.5 * (best[:, k - 1 : k] + best[:, k : k + 1])
+    margin = amplitudes - threshold
+    weight = margin.abs() / amplitudes.mean(-1, keepdim=True).clamp_min(1e-12)
+    each = nn.functional.binary_cross_entropy_with_logits(centred.float(), (margin > 0).float(), reduction="none")
+    return (weight * each).mean()

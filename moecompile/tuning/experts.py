@@ -1,0 +1,113 @@
+"""The routed experts in training: only the chosen ones are computed, and what the backward pass needs is kept.
+
+    H[t, e] = w_te act(G_e x_t) * (U_e x_t)  for chosen e, else 0      (gathered by expert)
+    y = H W2^T + w b2                                                  (one matrix product over all neurons)
+
+The reference operator (``ops.expert_ffn``) sums K expert outputs of width D for every token and computes the hidden activations
+again in its backward pass. With experts of 24 neurons the sums cost more than they save: on 2048 tokens, D 576, N 48, K 16, one
+core, forward and backward take 331 ms there and about 220 ms here; all neurons, masked, take 277 ms.
+
+Letters: T tokens, N experts, K chosen, D hidden, I expert width; G = 2 for a gated FFN, 1 for a plain one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation
+from ..block import Experts
+from ..ops import _by_expert
+
+
+class _ChosenExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        down: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: str,
+        gated: bool,
+    ) -> Tensor:
+        (tokens, chosen), (experts, hidden, width) = ids.shape, down.shape
+        act = Activation(activation)
+        order, counts = _by_expert(ids, experts)
+        token_of, weight_of = order // max(chosen, 1), weights.reshape(-1)[order].unsqueeze(-1)
+        pre = x.new_empty(tokens * chosen, up.shape[1])  # [TK, GI], by expert
+        h = x.new_zeros(tokens, experts, width)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                span = slice(start, start + count)
+                here = token_of[span]
+                own = torch.nn.functional.linear(x[here], up[expert], None if up_bias is None else up_bias[expert])
+                pre[span] = own
+                value = act(own[:, :width]) * own[:, width:] if gated else act(own)
+                h[here, expert] = value * weight_of[span]
+                start += count
+        y = h.view(tokens, -1) @ down.transpose(1, 2).reshape(-1, hidden)
+        gates = x.new_zeros(tokens, experts).scatter_(1, ids, weights) if down_bias is not None else None
+        if gates is not None and down_bias is not None:
+            y = torch.addmm(y, gates, down_bias)
+        ctx.save_for_backward(x, ids, weights, up, down, up_bias, down_bias, pre, h, gates, order)
+        ctx.counts, ctx.act, ctx.gated = counts, act, gated
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, ids, weights, up, down, up_bias, down_bias, pre, h, gates, order = ctx.saved_tensors
+        grad, wanted = grads[0].contiguous(), ctx.needs_input_grad
+        (tokens, chosen), (experts, hidden, width) = ids.shape, down.shape
+        token_of, weight_of = order // max(chosen, 1), weights.reshape(-1)[order].unsqueeze(-1)
+        gh = (grad @ down.transpose(1, 2).reshape(-1, hidden).t()).view(tokens, experts, width)
+        gdown = (grad.t() @ h.view(tokens, -1)).view(hidden, experts, width).transpose(0, 1) if wanted[4] else None
+        gdown_bias = gates.t() @ grad if wanted[6] and gates is not None else None
+        gweights = torch.zeros_like(weights) if wanted[2] else None
+        through_bias = grad @ down_bias.t() if gweights is not None and down_bias is not None else None
+        gx = torch.zeros_like(x) if wanted[0] else None
+        gup = torch.zeros_like(up) if wanted[3] else None
+        gup_bias = torch.zeros_like(up_bias) if wanted[5] and up_bias is not None else None
+        start = 0
+        for expert, count in enumerate(ctx.counts):
+            if not count:
+                continue
+            span = slice(start, start + count)
+            here, own, ge = token_of[span], pre[span], gh[token_of[span], expert]
+            start += count
+            value, slope = ctx.act.with_derivative(own[:, :width])
+            if gweights is not None:
+                each = (ge * (value * own[:, width:] if ctx.gated else value)).sum(-1)
+                each = each if through_bias is None else each + through_bias[here, expert]
+                gweights.view(-1)[order[span]] = each
+            ge = ge * weight_of[span]
+            gpre = torch.cat([ge * own[:, width:] * slope, ge * value], dim=-1) if ctx.gated else ge * slope  # [Te, GI]
+            if gup is not None:
+                torch.mm(gpre.t(), x[here], out=gup[expert])
+            if gup_bias is not None:
+                gup_bias[expert] = gpre.sum(0)
+            if gx is not None:
+                gx.index_add_(0, here, gpre @ up[expert])
+        return gx, None, gweights, gup, gdown, gup_bias, gdown_bias, None, None
+
+
+def chosen_experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """What ``experts(x, ids, weights)`` computes: (T, D), (T, K), (T, K) -> (T, D), for training.
+
+    Under autocast everything is cast to its type first, as the block does.
+    """
+    tensors = [x, weights, experts.up, experts.down_proj, experts.up_bias_or_none, experts.down_bias]
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    x, weights, up, down, up_bias, down_bias = tensors  # type: ignore[assignment]
+    with torch.autocast(x.device.type, enabled=False):
+        return _ChosenExperts.apply(  # type: ignore[no-any-return]
+            x, ids, weights, up, down, up_bias, down_bias, experts.act.name, experts.gated
+        )

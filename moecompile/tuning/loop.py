@@ -1,0 +1,225 @@
+"""The training loop: :func:`tune`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..apply import moe_blocks
+from ..errors import InputError, MoECompileError
+from ..parity import evaluating
+from ..progress import Progress
+from .config import TuneConfig
+from .distiller import PARTS, Distiller
+from .parallel import has_blocks, mean, part_of, shard, whole, world
+from .state import latest, read_state, write_state
+from .student import Inside, choose_parameters, layer_path, merge_updates, parameter_groups, ready_for_training
+from .teacher import Teacher, check_head
+
+Batch = Mapping[str, Tensor] | Tensor
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a run did.
+
+    Attributes:
+        steps: optimizer steps in all, also those before a resumption.
+        tokens: tokens learned from.
+        seconds: of training in all, checkpoints included.
+        tokens_per_second: of this process's own steps.
+        parameters: numbers that were trained.
+        curve: per step ``step, tokens, loss, kl, layers, router, gradient_norm, learning_rate``.
+        resumed_from: the step that the run went on from, 0 for a fresh one.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    parameters: int
+    curve: list[dict[str, float]] = field(default_factory=list)
+    resumed_from: int = 0
+
+
+def tune(
+    moe: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[Batch],
+    config: TuneConfig | None = None,
+    *,
+    steps: int | None = None,
+    folder: str | Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> Tuning:
+    """Train a converted model, in place, to do what the dense one does.
+
+    Args:
+        moe: a converted causal language model of transformers, on its device.
+        dense: the model that it was converted from, on the same device; it is not changed.
+        batches: (B, L) token numbers, or inputs with ``input_ids`` and perhaps ``attention_mask``; step i takes batch
+            i mod len(batches), so a lazy sequence reads only what is used.
+        config: the settings.
+        steps: how many; by default one for each batch.
+        folder: where checkpoints are kept; one that is there already, with the same settings, is gone on from.
+        facts: JSON-ready facts about the data that a resumption must share.
+        progress: a bar with loss, tokens/s and time left; silent by default.
+        on_step: called with the number of steps done and the newest row of the curve.
+
+    Returns:
+        What was done. The model is in the mode (train or eval) that it was in, in its own dtype.
+
+    Raises:
+        InputError: the settings, the models or a batch make no sense, or the folder holds another run.
+        MoECompileError: the loss is no longer a number.
+    """
+    config, progress = config or TuneConfig(), progress or Progress()
+    config.check()
+    has_blocks(moe)
+    steps = len(batches) if steps is None else steps
+    if steps < 1 or len(batches) < 1:
+        raise InputError("there is nothing to train on: not one batch")
+    device = next(moe.parameters()).device
+    check_head(moe, _inputs(batches[0], device))
+    check_head(dense, _inputs(batches[0], device))
+    settings = json.loads(json.dumps({"config": config.to_dict(), "steps": steps, **(facts or {})}))
+    states = [(parameter, parameter.requires_grad, parameter.dtype) for parameter in moe.parameters()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in dense.parameters()]
+    with evaluating(moe, dense):
+        chosen = choose_parameters(moe, config)
+        try:
+            run = _Run(moe, dense, chosen, config, device)
+            result = run.train(batches, steps, settings, Path(folder) if folder is not None else None, progress, on_step)
+        finally:
+            merge_updates(moe)
+            for parameter, wanted, dtype in states:
+                parameter.data = parameter.data.to(dtype)
+                parameter.requires_grad_(wanted)
+            for parameter, wanted in frozen:
+                parameter.requires_grad_(wanted)
+    return result
+
+
+def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch on its device.
+
+    Raises:
+        InputError: it holds something else than ``input_ids`` and ``attention_mask``.
+    """
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    if "input_ids" not in given or set(given) - {"input_ids", "attention_mask"}:
+        raise InputError(f"a batch has the inputs {', '.join(given)}; tuning takes input_ids and attention_mask")
+    return {name: value.to(device) for name, value in given.items()}
+
+
+class _Run:
+    """One run: the models made ready, the optimizer, the loop."""
+
+    def __init__(
+        self, moe: nn.Module, dense: nn.Module, chosen: dict[str, str], config: TuneConfig, device: torch.device
+    ) -> None:
+        self.moe, self.chosen, self.config, self.device = moe, chosen, config, device
+        rank, count = world()
+        student = moe if count == 1 else copy.deepcopy(moe)
+        teacher_model = dense if count == 1 else copy.deepcopy(dense)
+        self.student = student
+        self.inside = Inside()
+        blocks = moe_blocks(student)
+        self.undo = ready_for_training(student, config, self.inside)
+        plan = moe.moecompile_plan  # type: ignore[union-attr]
+        self.teacher = Teacher(teacher_model, plan, config.top_logits, config.layer_weight > 0, config.oracle_weight > 0)  # type: ignore[arg-type]
+        top_k = {path: block.top_k for path, block in blocks.items()}
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = auto if config.precision == "auto" else getattr(torch, config.precision)
+        self.distiller = Distiller(student, self.teacher, self.inside, top_k, config, dtype)
+        if count > 1:
+            shard(self.distiller, student, teacher_model, list(dict.fromkeys(map(layer_path, blocks))), device)
+        groups = parameter_groups(student, chosen, config)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=count == 1)
+        self.main = rank == 0
+
+    def train(
+        self,
+        batches: Sequence[Batch],
+        steps: int,
+        settings: dict[str, Any],
+        folder: Path | None,
+        progress: Progress,
+        on_step: Callable[[int, dict[str, float]], None] | None,
+    ) -> Tuning:
+        """All steps that are not done yet; the result lands in the caller's model."""
+        torch.manual_seed(self.config.seed)
+        curve: list[dict[str, float]] = []
+        first, before = 0, 0.0
+        try:
+            if folder is not None and (found := latest(folder)) is not None:
+                facts = read_state(found, settings, self.student, self.chosen, self.optimizer)
+                first, curve, before = facts["step"], facts["curve"], facts["seconds"]
+                progress.say(f"going on from step {first} of {steps}")
+            start, tokens = time.perf_counter(), int(curve[-1]["tokens"]) if curve else 0
+            already = tokens
+            with progress.bar("tuning", steps, first) as bar:
+                for step in range(first, steps):
+                    inputs = _inputs(batches[step % len(batches)], self.device)
+                    tokens += inputs["input_ids"].numel()
+                    row = self._step(inputs, step, steps)
+                    curve.append({"step": step + 1, "tokens": tokens, **row})
+                    seconds = time.perf_counter() - start
+                    bar.show(f"loss {row['loss']:.3f}, {(tokens - already) / seconds:.0f} tokens/s")
+                    done = step + 1
+                    if folder is not None and (done % self.config.save_every == 0 or done == steps):
+                        facts = {"settings": settings, "curve": curve, "seconds": before + seconds}
+                        write_state(folder, done, self.student, self.chosen, self.optimizer, facts)
+                    if on_step is not None and self.main:
+                        on_step(done, curve[-1])
+            seconds = time.perf_counter() - start
+            self._return()
+        finally:
+            self.undo()
+            self.teacher.close()
+        size = sum(parameter.numel() for parameter in self.parameters)
+        rate = (tokens - already) / seconds if first < steps else 0.0
+        return Tuning(steps, tokens, round(before + seconds, 3), round(rate, 2), size, curve, first)
+
+    def _step(self, inputs: dict[str, Tensor], step: int, steps: int) -> dict[str, float]:
+        factor = self.config.rate(step, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        losses = self.distiller({name: part_of(value) for name, value in inputs.items()}, step)
+        losses[0].backward()
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
+        shown = mean(losses.detach().clone())
+        row = {name: float(value) for name, value in zip(PARTS, shown, strict=True)}
+        row |= {"gradient_norm": float(norm), "learning_rate": self.config.learning_rate * factor}
+        if not all(math.isfinite(value) for value in row.values()):
+            raise MoECompileError(f"the loss is {row['loss']} at step {step + 1}; take a smaller --learning-rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return row
+
+    def _return(self) -> None:
+        """Put the trained numbers of sharded copies into the caller's model."""
+        if self.student is self.moe:
+            return
+        own, trained = dict(self.moe.named_parameters()), dict(self.student.named_parameters())
+        with torch.no_grad():
+            for name in self.chosen:
+                own[name].copy_(whole(trained[name]))
+
+
+def fingerprint(rows: Tensor) -> str:
+    """A short hash of token numbers, by which a resumption knows its data."""
+    return hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,180 @@
+"""The dense model as the teacher: the top of its distribution, its layers' outputs, and which experts it would choose.
+
+One forward pass without gradients for each batch gives all three. Tensors that the converted model still shares in value
+(embeddings, attention) are held once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..apply import moe_blocks
+from ..errors import InputError
+from ..plans import MoEPlan, SitePlan
+from .config import TuneConfig
+from .loss import Head, top_log_probabilities
+from .parallel import mean
+from .student import Inside, layer_path, norm_parameters, watch_layers
+
+
+@dataclass
+class Targets:
+    """What the student is to learn from one batch.
+
+    Attributes:
+        ids, logp: (T, k) the teacher's likeliest words and their log-probabilities.
+        layers: layer path -> (T, D) output.
+        amplitudes: block path -> (T, N) sqrt(sum_{j in e} (h_j - mean_j)^2 |w_j|^2), how much each expert matters.
+    """
+
+    ids: Tensor
+    logp: Tensor
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
+    amplitudes: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def head_of(model: nn.Module, dtype: torch.dtype) -> Head:
+    """The head as a matrix.
+
+    Raises:
+        InputError: the model has none.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if not isinstance(head, nn.Linear):
+        raise InputError(f"{type(model).__name__} has no linear head; tuning needs a causal language model of transformers")
+    settings = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return Head(head.weight, head.bias, getattr(settings, "final_logit_softcapping", None), dtype)
+
+
+def hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(B, L, D), what the head reads."""
+    outputs = model.base_model(**inputs, use_cache=False)  # type: ignore[operator]
+    return outputs.last_hidden_state  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose logits are more than its head's product with the last hidden states.
+
+    Raises:
+        InputError: they are.
+    """
+    head = head_of(model, next(model.parameters()).dtype)
+    short = {name: value[:1, :8] for name, value in inputs.items()}
+    expected = model(**short, use_cache=False).logits.float()
+    own = head.logits(hidden_states(model, short).flatten(0, 1)).view_as(expected)
+    if not bool(expected.isfinite().all()):
+        return  # the first step says so
+    if not torch.allclose(own, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise InputError(f"the logits of {type(model).__name__} are not its head's product alone; it cannot be tuned")
+
+
+def share_tensors(student: nn.Module, dense: nn.Module, config: TuneConfig | None = None) -> int:
+    """Let the dense model's parameters use the student's memory wherever both are equal and ``config`` does not train them.
+
+    The two models then stay tied: a later change of one is seen in the other.
+
+    Returns:
+        Bytes that are no longer held twice.
+
+    Raises:
+        InputError: most of them differ, so the two do not belong together.
+    """
+    trained = [id(parameter) for block in moe_blocks(student).values() for parameter in block.parameters()]
+    if config is not None and "norms" in config.stages:
+        trained += [id(parameter) for _, parameter in norm_parameters(student)]
+    own = {name: one for name, one in student.named_parameters(remove_duplicate=False) if id(one) not in set(trained)}
+    saved, seen, compared = 0, set(), {}
+    for name, parameter in dense.named_parameters(remove_duplicate=False):
+        twin = own.get(name)
+        if twin is None or twin.shape != parameter.shape:
+            continue
+        before = parameter.data_ptr()
+        compared[before] = parameter.numel()
+        if twin.data_ptr() != before and not torch.equal(twin.to(parameter), parameter):
+            continue
+        if before not in seen and twin.data_ptr() != before and twin.dtype == parameter.dtype:
+            saved += parameter.numel() * parameter.element_size()
+        seen.add(before)
+        if twin.dtype == parameter.dtype:
+            parameter.data = twin.data
+            seen.add(parameter.data_ptr())
+            compared.setdefault(parameter.data_ptr(), 0)
+    if sum(compared[pointer] for pointer in seen) * 2 <= sum(compared.values()):
+        raise InputError("the dense model is not the one that this model was converted from: most of their weights differ")
+    return saved
+
+
+class Teacher(nn.Module):
+    """The dense model, watched.
+
+    Args:
+        dense: the dense model.
+        plan: how the student was made from it.
+        top: how many logits of each position are kept.
+        layers: whether the layers' outputs are wanted.
+        oracle: whether the experts' amplitudes are wanted.
+    """
+
+    def __init__(self, dense: nn.Module, plan: MoEPlan, top: int, layers: bool, oracle: bool) -> None:
+        super().__init__()
+        self.dense = dense.requires_grad_(False)
+        self.top = top
+        self._inside = Inside()
+        self._amplitudes: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        paths = [site.site.placement.block for site in plan.sites if site.site.placement is not None]
+        if layers:
+            self._hooks += watch_layers(dense, list(dict.fromkeys(map(layer_path, paths))), self._inside)
+        for site in plan.sites if oracle else ():
+            self._watch_neurons(site)
+
+    def _watch_neurons(self, site: SitePlan) -> None:
+        """Measure the experts' amplitudes where the down projection reads the hidden activations."""
+        if site.site.placement is None or site.router == "none":
+            return
+        path = site.site.placement.block
+        owner = torch.full((site.site.intermediate_size,), len(site.experts), dtype=torch.long)
+        for number, neurons in enumerate(site.experts):
+            owner[list(neurons)] = number
+
+        def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            h = inputs[0].reshape(-1, inputs[0].shape[-1]).float()  # [T, F]
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            size = weight.float().square().sum(1 if site.site.down.transposed else 0)  # [F]
+            energy = (h - mean(h.mean(0))).square_().mul_(size)
+            sums = h.new_zeros(len(h), len(site.experts) + 1).index_add_(1, owner.to(h.device), energy)
+            self._amplitudes[path] = sums[:, :-1].sqrt()
+
+        name = site.site.down.weight.rpartition(".")[0]
+        self._hooks.append(self.dense.get_submodule(name).register_forward_pre_hook(measure))
+
+    def close(self) -> None:
+        """Leave the dense model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def forward(self, inputs: Mapping[str, Tensor], dtype: torch.dtype, positions: slice = slice(None)) -> Targets:
+        """The targets of a batch; the distribution only at some of the positions that are not padding."""
+        self._amplitudes = {}
+        with self._inside.collecting():
+            hidden = hidden_states(self.dense, inputs)
+        rows = unpadded(hidden, inputs)[positions]
+        ids, logp = top_log_probabilities(rows, head_of(self.dense, dtype), self.top)
+        layers = {path: value.flatten(0, -2) for path, value in self._inside.layers.items()}
+        self._inside.clear()
+        amplitudes, self._amplitudes = self._amplitudes, {}
+        return Targets(ids, logp, layers, amplitudes)
+
+
+def unpadded(hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, L, D) -> (T, D) without padding."""
+    mask = inputs.get("attention_mask")
+    return hidden.flatten(0, -2) if mask is None else hidden[mask.bool()]

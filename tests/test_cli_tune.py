@@ -1,0 +1,176 @@
+"""``moecompile tune`` on a tiny model: what it prints, writes and refuses, and that it goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import corpus
+from families import BY_NAME
+from safetensors.torch import load_file
+
+import moecompile
+from moecompile.cli import main
+from moecompile.cli.tune import thinned
+
+WINDOW = 16
+SHORT = ["--window", str(WINDOW), "--batch", "2", "--learning-rate", "3e-3", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files of known words."""
+    folder = tmp_path_factory.mktemp("texts")
+    paths = [folder / "a.txt", folder / "b.txt"]
+    for seed, path in enumerate(paths):
+        path.write_text(corpus(900, seed), encoding="utf-8")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, texts: list[Path]) -> Path:
+    """A folder with ``dense`` and its conversion ``moe``."""
+    folder = tmp_path_factory.mktemp("tune")
+    model = BY_NAME["llama"].build(vocab_size=len(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    options = ["--experts", "6", "--shared", "2", "--top-k", "2", "--calibration-window", "16", "--calibration-tokens", "256"]
+    assert (
+        main(["convert", str(folder / "dense"), str(folder / "moe"), *options, "--quiet", "--calibration", *map(str, texts)])
+        == 0
+    )
+    return folder
+
+
+@pytest.fixture
+def moe(original: Path, tmp_path: Path) -> Path:
+    """The converted folder, to spoil."""
+    return Path(shutil.copytree(original / "moe", tmp_path / "moe"))
+
+
+def tune(moe: Path, texts: list[Path], *more: object, tokens: int = 640) -> int:
+    return main(["tune", str(moe), "--text", *map(str, texts), "--tokens", str(tokens), *SHORT, *map(str, more)])
+
+
+def test_tune_replaces_the_folder_and_says_what_it_did(
+    moe: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = load_file(moe / "model.safetensors")
+    capsys.readouterr()
+    assert tune(moe, texts, "--json", "--stage", "router,experts,norms") == 0
+    out, _ = capsys.readouterr()
+    result = json.loads(out)
+    assert {"perplexity_before", "perplexity_after", "perplexity_dense", "tokens", "seconds"} <= set(result)
+    assert result["tokens"] == 640 and result["steps"] == 20 and result["active_fraction"] == 0.5
+    assert abs(math.log(result["perplexity_after"] / result["perplexity_dense"])) < abs(
+        math.log(result["perplexity_before"] / result["perplexity_dense"])
+    )
+    after = load_file(moe / "model.safetensors")
+    assert set(after) == set(before)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert all("mlp" in name or "norm" in name for name in changed) and any("router" in name for name in changed)
+    record = json.loads((moe / "moecompile.json").read_text())
+    assert record["tuning"][0]["perplexity_after"] == result["perplexity_after"] and len(record["tuning"][0]["curve"]) == 20
+    assert len(record["diagnosis"]["layers"]) == 2
+    assert not list(moe.parent.glob(".moe.*")), "the checkpoint and what was written aside are gone"
+    assert moecompile.load(moe)(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
+    assert main(["report", str(moe)]) == 0
+    page = (moe / "report.html").read_text()
+    assert "Loss of run 1" in page and "What the error is made of" in page
+
+
+def test_a_killed_command_goes_on(moe: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tmp_path / "whole"
+    assert tune(moe, texts, "--output", whole, "--save-every", 4) == 0
+    script = (
+        "import os, signal, sys\n"
+        "import moecompile.tuning.loop as loop\n"
+        "write = loop.write_state\n"
+        "def dying(*a, **k):\n"
+        "    write(*a, **k)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loop.write_state = dying\n"
+        "from moecompile.cli import main\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "out"
+    arguments = ["tune", moe, "--text", *texts, "--tokens", 640, *SHORT, "--output", out, "--save-every", 4]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    assert (tmp_path / ".out.tuning" / "step-00000004").is_dir()
+    assert tune(moe, texts, "--output", out, "--save-every", 4, "--learning-rate", 1e-3) == 2  # not that run
+    assert "--restart" in capsys.readouterr().err
+    assert tune(moe, texts, "--output", out, "--save-every", 4) == 0
+    first, second = load_file(whole / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    records = [json.loads((folder / "moecompile.json").read_text())["tuning"][0] for folder in (whole, out)]
+    assert records[0]["curve"] == records[1]["curve"] and records[1]["resumed_from"] == 4
+    assert not (tmp_path / ".out.tuning").exists()
+
+
+def test_where_the_dense_model_is(original: Path, moe: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((moe / "moecompile.json").read_text())
+    assert record["source_path"] == str((original / "dense").resolve())
+    record["source_path"] = "/nowhere/dense"
+    (moe / "moecompile.json").write_text(json.dumps(record))
+    assert tune(moe, texts) == 2 and "--dense" in capsys.readouterr().err
+    del record["source_path"]
+    (moe / "moecompile.json").write_text(json.dumps(record))
+    assert tune(moe, texts) == 2 and "--dense" in capsys.readouterr().err
+    assert tune(moe, texts, "--dense", original / "dense", tokens=64) == 0
+
+
+def test_another_dense_model_is_refused(
+    moe: Path, texts: list[Path], tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BY_NAME["llama"].build(seed=7, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "other")
+    assert tune(moe, texts, "--dense", tmp_path / "other") == 2
+    assert "not the one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "tokens", "says"),
+    [
+        (["--stage", "heads"], 640, "--stage"),
+        ([], 8, "--tokens"),
+        (["--batch", "0"], 640, "--batch"),
+        (["--window", "1"], 640, "--window"),
+        (["--window", "600"], 6400, "600"),
+        (["--held-out", "0"], 640, "--held-out"),
+        (["--warmup", "3"], 640, "--warmup"),
+    ],
+)
+def test_bad_input_is_one_line(
+    moe: Path, texts: list[Path], more: list[str], tokens: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert tune(moe, texts, *more, tokens=tokens) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_dense_folder_is_refused(original: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune(original / "dense", texts) == 2
+    assert "not a converted model" in capsys.readouterr().err
+
+
+def test_a_long_curve_is_thinned_to_means() -> None:
+    curve = [{"step": i + 1, "tokens": 10 * (i + 1), "loss": float(i % 2)} for i in range(1001)]
+    rows = thinned(curve)
+    assert len(rows) <= 400 and rows[-1]["tokens"] == 10010 and rows[0]["loss"] == pytest.approx(1 / 3, abs=1e-5)
+    assert thinned(curve[:5])[3] == curve[3]

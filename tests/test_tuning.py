@@ -1,0 +1,333 @@
+"""Tuning: its gradients are right, it recovers, it goes on after a kill, several processes do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tuning import LENGTH, ROWS, batches, dense_model, pair, run
+
+import moecompile
+from moecompile.apply import moe_blocks
+from moecompile.block import BlockSpec, Experts
+from moecompile.errors import InputError
+from moecompile.parity import evaluating
+from moecompile.tuning import TuneConfig, share_tensors
+from moecompile.tuning.data import Windows
+from moecompile.tuning.distiller import oracle_loss
+from moecompile.tuning.experts import chosen_experts
+from moecompile.tuning.loss import Head, head_kl, top_log_probabilities
+from moecompile.tuning.student import centred_scores
+
+HERE = Path(__file__).parent
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("tokens", [1, 23])
+def test_experts_in_training_are_the_reference(gated: bool, biased: bool, tokens: int) -> None:
+    torch.manual_seed(0)
+    spec = BlockSpec(
+        hidden_size=10, dense_width=25, shared_width=0, experts=5, expert_width=5, top_k=3, gated=gated,
+        activation="silu" if gated else "gelu", input_bias=biased, bias=True, expert_bias=biased,
+    )  # fmt: skip
+    experts = Experts(spec).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(tokens, 10, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(tokens, 3, dtype=torch.float64, requires_grad=True)
+    ids = torch.rand(tokens, 4).topk(3, dim=1).indices  # expert 4 is never chosen
+    inputs = [x, weights, *experts.parameters()]
+    upstream = torch.randn(tokens, 10, dtype=torch.float64)
+    expected, own = experts(x, ids, weights), chosen_experts(experts, x, ids, weights)
+    torch.testing.assert_close(own, expected)
+    for mine, reference in zip(
+        torch.autograd.grad(own, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("biased", [True, False])
+def test_head_kl_is_that_of_whole_logits(cap: float | None, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecompile.tuning.loss._CHUNK_BYTES", 4 * 50 * 16)  # 16 positions at a time, of 37
+    torch.manual_seed(0)
+    weight, bias = torch.randn(50, 8, dtype=torch.float64), torch.randn(50, dtype=torch.float64) if biased else None
+    head = Head(weight, bias, cap, torch.float64)
+    teacher = torch.randn(37, 8, dtype=torch.float64)
+    student = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
+
+    def log_softmax(hidden: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        return (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+
+    p, log_q = log_softmax(teacher).exp(), log_softmax(student)
+    for count in (49, 6):
+        ids, logp = top_log_probabilities(teacher, head, count)
+        own = head_kl(student, head, ids, logp)
+        if count == 49:  # the class "everything else" is one word
+            expected = (p * (p.log() - log_q)).sum(1).mean()
+        else:
+            rest_p, rest_q = 1 - p.gather(1, ids).sum(1), 1 - log_q.gather(1, ids).exp().sum(1)
+            inner = (p.gather(1, ids) * (p.gather(1, ids).log() - log_q.gather(1, ids))).sum(1)
+            expected = (inner + rest_p * (rest_p / rest_q).log()).mean()
+        torch.testing.assert_close(own.double(), expected, rtol=1e-5, atol=1e-6)
+        (mine,) = torch.autograd.grad(own, student)
+        (reference,) = torch.autograd.grad(expected, student, retain_graph=True)
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_centred_scores_are_positive_for_the_chosen_alone() -> None:
+    scores = torch.randn(40, 9, generator=torch.Generator().manual_seed(0)) * 1000
+    ids, centred = centred_scores(scores, 4)
+    assert ((centred > 0).sum(1) == 4).all() and (centred.gather(1, ids) > 0).all()
+    torch.testing.assert_close(centred_scores(scores * 1e-3, 4)[1], centred)
+
+
+def test_oracle_loss_prefers_the_oracle_and_forgives_ties() -> None:
+    amplitudes = torch.tensor([[3.0, 2.0, 1.0, 0.5]]).expand(5, -1)
+    right, wrong = torch.tensor([[2.0, 1.0, -1.0, -2.0]]), torch.tensor([[2.0, -1.0, 1.0, -2.0]])
+    assert oracle_loss(right.expand(5, -1), amplitudes, 2) < oracle_loss(wrong.expand(5, -1), amplitudes, 2)
+    tie = torch.tensor([[3.0, 1.5 + 1e-6, 1.5, 0.5]])
+    assert float((oracle_loss(right, tie, 2) - oracle_loss(wrong, tie, 2)).abs()) < 1e-5
+
+
+@pytest.mark.parametrize("source", ["straight_through", "oracle"])
+def test_routers_learn_from_either_source_and_from_nothing_else(source: str) -> None:
+    dense, moe = pair()
+    before = {name: p.detach().clone() for name, p in moe.named_parameters()}
+    straight = source == "straight_through"
+    config = TuneConfig(stages=("router",), straight_through=straight, oracle_weight=0.0 if straight else 1.0)
+    moecompile.tune(moe, dense, batches(2), config)
+    moved = {name for name, p in moe.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(".router." in name for name in moved)
+    assert {name.split(".router")[0] for name in moved} == set(moe_blocks(moe))  # in every layer
+    dense, moe = pair()
+    before = {name: p.detach().clone() for name, p in moe.named_parameters()}
+    moecompile.tune(moe, dense, batches(2), TuneConfig(stages=("router", "experts"), straight_through=False))
+    assert all(torch.equal(p, before[name]) for name, p in moe.named_parameters() if ".router." in name)
+
+
+# Recovery
+
+
+def kl(moe: Any, dense: Any, rows: Tensor) -> float:
+    """KL(dense || moe) of whole logits."""
+    with torch.no_grad(), evaluating(moe, dense):
+        p, q = (model(input_ids=rows).logits.double().log_softmax(-1) for model in (dense, moe))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"checkpointing": True},
+        {"lora_rank": 4},
+        {"kl_stride": 3},
+        {"stages": ("router", "experts", "norms")},
+        {"precision": "bfloat16"},
+        {"layer_weight": 0.0, "oracle_weight": 0.1},
+    ],
+    ids=lambda changes: "-".join(changes) or "default",
+)
+def test_tuning_recovers(changes: dict[str, Any]) -> None:
+    dense, moe = pair()
+    kept = {name: p.detach().clone() for name, p in dense.named_parameters()}
+    seen = batches(4)
+    before = sum(kl(moe, dense, rows) for rows in seen)
+    names, modes = set(moe.state_dict()), [module.training for module in moe.modules()]
+    done = moecompile.tune(moe, dense, seen, TuneConfig(learning_rate=3e-3, **changes), steps=60)
+    after = sum(kl(moe, dense, rows) for rows in seen)
+    assert after < 0.75 * before
+    assert done.tokens == 60 * ROWS * LENGTH and len(done.curve) == 60 and done.parameters > 0
+    assert set(moe.state_dict()) == names and [module.training for module in moe.modules()] == modes
+    assert all(p.requires_grad for p in moe.parameters()) and not any("forward" in m.__dict__ for m in moe.modules())
+    assert all(torch.equal(p, kept[name]) for name, p in dense.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for model in (moe, dense) for m in model.modules())
+
+
+def test_the_loss_shown_is_the_real_kl() -> None:
+    dense, moe = pair()
+    rows = batches(1)
+    expected = kl(moe, dense, rows[0])
+    done = moecompile.tune(moe, dense, rows, TuneConfig(layer_weight=0.0, top_logits=98))
+    assert done.curve[0]["kl"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_checkpointed_layers_give_the_same_numbers() -> None:
+    curves = []
+    for flag in (False, True):
+        dense, moe = pair()
+        config = TuneConfig(checkpointing=flag, oracle_weight=0.1)
+        curves.append([row["loss"] for row in moecompile.tune(moe, dense, batches(3), config).curve])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+
+
+def test_padding_does_not_count() -> None:
+    rows = batches(1)[0]
+    padded = {"input_ids": torch.cat([rows, torch.zeros_like(rows)], 1)}
+    padded["attention_mask"] = torch.cat([torch.ones_like(rows), torch.zeros_like(rows)], 1)
+    losses = []
+    for batch in (rows, padded):
+        dense, moe = pair()
+        losses.append(moecompile.tune(moe, dense, [batch]).curve[0])
+    for part in ("loss", "kl", "layers"):
+        assert losses[0][part] == pytest.approx(losses[1][part], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt", "phi3", "gpt_neox"])
+def test_other_families(family: str) -> None:
+    dense, moe = pair(family)
+    rows = batches(1)
+    expected = kl(moe, dense, rows[0])
+    done = moecompile.tune(moe, dense, rows, TuneConfig(oracle_weight=0.1, top_logits=98), steps=3)
+    assert done.curve[0]["kl"] == pytest.approx(expected, rel=1e-2, abs=1e-5)
+    assert all(done.curve[0][part] > 0 for part in ("layers", "router"))
+
+
+def test_a_bfloat16_model_trains_in_float32_and_stays_bfloat16() -> None:
+    dense, moe = (model.to(torch.bfloat16) for model in pair())
+    done = moecompile.tune(moe, dense, batches(2), TuneConfig(precision="bfloat16", learning_rate=1e-3))
+    assert all(p.dtype == torch.bfloat16 for p in moe.parameters()) and done.steps == 2
+
+
+def test_shared_tensors_are_held_once() -> None:
+    dense, moe = pair()
+    logits = dense(input_ids=batches(1)[0]).logits
+    saved = share_tensors(moe, dense)
+    own = {p.data_ptr() for p in moe.parameters()}
+    ffn = {p.data_ptr() for name, p in dense.named_parameters() if ".mlp." in name}
+    assert {p.data_ptr() for p in dense.parameters()} - ffn <= own and not ffn & own
+    assert saved == sum(p.numel() * 4 for name, p in dense.named_parameters() if ".mlp." not in name)
+    assert torch.equal(dense(input_ids=batches(1)[0]).logits, logits)
+    with pytest.raises(InputError, match="not the one"):
+        share_tensors(moe, dense_model(seed=5))
+
+
+# Resumption
+
+
+def trained(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    (state,) = folder.glob("step-*")
+    return load_file(state / "tensors.safetensors")
+
+
+def test_a_killed_run_ends_where_it_would_have(tmp_path: Path) -> None:
+    whole, done = run(tmp_path / "whole")
+    command = [sys.executable, str(HERE / "tuning.py"), str(tmp_path / "killed"), "5"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["step-00000003"]  # of save_every 3
+    again, rest = run(tmp_path / "killed")
+    assert rest.resumed_from == 3 and rest.curve == done.curve
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+    first, second = trained(tmp_path / "whole"), trained(tmp_path / "killed")
+    assert set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_run_is_not_gone_on_from(tmp_path: Path) -> None:
+    run(tmp_path, steps=3)
+    with pytest.raises(InputError, match="--restart"):
+        run(tmp_path, steps=4)
+
+
+# Several processes
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    config = TuneConfig(learning_rate=3e-3, oracle_weight=0.1, checkpointing=True, save_every=2)
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import json, sys, torch, moecompile\n"
+        "torch.set_num_threads(1)\n"
+        "from tuning import batches, pair\n"
+        "from moecompile.tuning.parallel import process_group, world\n"
+        "dense, moe = pair()\n"
+        f"config = moecompile.{config!r}\n"
+        "with process_group(torch.device('cpu')):\n"
+        "    done = moecompile.tune(moe, dense, batches(4), config, folder=sys.argv[1])\n"
+        "    if world()[0] == 0:\n"
+        "        total = [float(p.detach().double().abs().sum()) for p in moe.parameters()]\n"
+        "        print(json.dumps({'curve': done.curve, 'total': total, 'world': world()[1]}))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(
+        [*launch, str(tmp_path / "state")], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert job.returncode == 0, job.stderr[-3000:]
+    two = json.loads(job.stdout.strip().splitlines()[-1])
+    assert two["world"] == 2
+    dense, moe = pair()
+    one = moecompile.tune(moe, dense, batches(4), config)
+    for own, other in zip(one.curve, two["curve"], strict=True):
+        for part in ("loss", "kl", "layers", "router", "tokens", "gradient_norm"):
+            assert own[part] == pytest.approx(other[part], rel=2e-3), (part, own["step"])
+    total = [float(p.detach().double().abs().sum()) for p in moe.parameters()]
+    assert total == pytest.approx(two["total"], rel=1e-3)
+    stored = trained(tmp_path / "state")  # whole tensors, from shards
+    own = dict(moe.named_parameters())
+    assert all(stored[f"value/{name}"].shape == own[name].shape for name in own if f"value/{name}" in stored)
+
+
+# Bad input, data
+
+
+def test_bad_settings_are_refused() -> None:
+    dense, moe = pair()
+    for changes in ({"stages": ("heads",)}, {"learning_rate": -1.0}, {"warmup": 2.0}, {"save_every": 0}, {"precision": "int8"}):
+        with pytest.raises(InputError, match="--"):
+            moecompile.tune(moe, dense, batches(1), TuneConfig(**changes))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no MoE block"):
+        moecompile.tune(dense, dense, batches(1))
+    with pytest.raises(InputError, match="not one batch"):
+        moecompile.tune(moe, dense, [])
+    with pytest.raises(InputError, match="takes input_ids"):
+        moecompile.tune(moe, dense, [{"input_ids": batches(1)[0], "labels": batches(1)[0]}])
+    with pytest.raises(InputError, match=r"linear head|head's product"):
+        moecompile.tune(moe, torch.nn.Linear(2, 2), batches(1))
+    exact = moecompile.convert(
+        dense, moecompile.recipes.Calibrated(experts=6, shared=2, top_k=2), batches(2), keep_exact=True
+    )  # fmt: skip
+    with pytest.raises(InputError, match="--stage router"):
+        moecompile.tune(exact, dense, batches(1))
+
+
+def test_a_loss_that_is_no_number_stops_the_run() -> None:
+    dense, moe = pair()
+    with torch.no_grad():
+        next(iter(moe_blocks(moe).values())).experts.down_proj.fill_(float("nan"))
+    with pytest.raises(moecompile.MoECompileError, match="the loss is nan"):
+        moecompile.tune(moe, dense, batches(1))
+
+
+def test_windows_are_dealt_equally_and_read_again() -> None:
+    parts = [torch.full((5, 4), 1.0), torch.full((2, 4), 2.0)]
+    rows = Windows(parts, 4, 3, seed=0)
+    assert len(rows) == 4 and rows[0].shape == (3, 4)
+    seen = torch.cat([rows[i] for i in range(len(rows))])[:, 0]
+    assert [int((seen == value).sum()) for value in (1, 2)] == [6, 6]
+    assert torch.equal(rows.order, Windows(parts, 4, 3, seed=0).order)
+    assert not torch.equal(rows.order, Windows(parts, 4, 3, seed=1).order)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    config = TuneConfig(warmup=0.2)
+    rates = [config.rate(step, 50) for step in range(50)]
+    assert rates.index(max(rates)) == 10 and rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == 1.0 and 0 < rates[-1] < 0.01
