@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,18 @@ from .triton_emit import emit
 from .triton_expressions import Unavailable, activation_function
 from .triton_spec import Target, TritonSpec
 
-__all__ = ["Kernel", "Unavailable", "build", "device_target", "emit", "expert_ffn", "moe_ffn", "triton_module", "unsupported"]
+__all__ = [
+    "Kernel",
+    "Unavailable",
+    "build",
+    "device_target",
+    "emit",
+    "expert_ffn",
+    "expert_ffn_backward",
+    "moe_ffn",
+    "triton_module",
+    "unsupported",
+]
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 MIN_TRITON = (3, 6)
@@ -155,7 +167,6 @@ def moe_ffn(
         ValueError: shapes that do not fit.
     """
     _check(x, up, down)
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # as torch's own products do
     target = device_target(x.device)
     shared = shared_up is not None and shared_down is not None
     if shared and any(v is not None and v.dtype != x.dtype for v in (shared_gate, shared_up, shared_down)):
@@ -171,7 +182,7 @@ def moe_ffn(
             gated,
             activation,
             DTYPES[x.dtype],
-            precision="tf32" if tf32 and target.backend == "cuda" else "ieee",
+            precision=_precision(x, target),
             weighted=weights is not None,
             up_bias=up_bias is not None,
             down_bias=down_bias is not None,
@@ -188,6 +199,57 @@ def moe_ffn(
     if shared:
         more["shared"] = kernel.module.Shared(shared_gate, shared_up, shared_down, shared_gate_bias, shared_up_bias)
     return kernel(x, ids, weights, up, down, up_bias, down_bias, **more)
+
+
+def expert_ffn_backward(
+    grad: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """:func:`moecompile.ops.expert_ffn_backward` by generated kernels, bit for bit the same at every call.
+
+    Returns:
+        Six gradients, of x, weights, up, down, up_bias, down_bias; None for those not wanted or not there.
+
+    Raises:
+        Unavailable: no kernel for these tensors or this activation, or none on this machine.
+        ValueError: shapes that do not fit.
+    """
+    _check(x, up, down)
+    target = device_target(x.device)
+    try:
+        spec = TritonSpec(
+            x.shape[-1],
+            down.shape[-1],
+            up.shape[0],
+            ids.shape[-1],
+            gated,
+            activation,
+            DTYPES[x.dtype],
+            precision=_precision(x, target),
+            up_bias=up_bias is not None,
+            down_bias=down_bias is not None,
+            direction="backward",
+            target=target,
+        )
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
+    module = build(spec).module
+    return module.expert_ffn_backward(grad, x, ids, weights, up, down, up_bias, down_bias, tuple(needs))
+
+
+def _precision(x: Tensor, target: Target) -> str:
+    """Of float32 products, as torch's own are set."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and target.backend == "cuda" else "ieee"
 
 
 def unsupported(dtype: torch.dtype, activation: str) -> str | None:

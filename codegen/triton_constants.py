@@ -45,6 +45,9 @@ class Constants:
         tiles: one for each height of a tile, rising.
         rank_limit: pairs up to which the generated counting sort orders them, instead of torch's sort.
         why: reasons, a line each.
+        back_tiles: as tiles, for the gradients of pre-activations and of x; block_n neurons, gate and up apart.
+        weights: of the gradients of the weights; block_m and block_n rows and columns of a matrix, block_k pairs at a time.
+        back_why: reasons, a line each.
     """
 
     tiles: tuple[Tiles, ...]
@@ -52,6 +55,9 @@ class Constants:
     sum_block: int
     rank_limit: int
     why: tuple[str, ...]
+    back_tiles: tuple[Tiles, ...]
+    weights: Tiles
+    back_why: tuple[str, ...]
 
 
 _TILES = {
@@ -80,7 +86,14 @@ def heuristic(spec: TritonSpec) -> Constants:
         "PAIRS: four 16-byte loads in flight per thread; bandwidth is all that counts there, as in SUM.",
         "MAP: few experts have more than 128 tiles; one warp has little to do.",
     )
-    return Constants(tuple(tiles), Pairs(16, 512 // size, 4), 2048 // size, _RANK_LIMIT, why)
+    # Three products are alive at once, so each has half of the forward's columns.
+    back = tuple(_fitted(spec, replace(tile, block_n=min(tile.block_n, 64), block_k=32, stages=3)) for tile in tiles)
+    weights = _fitted(spec, Tiles(64, 64, 32, 1, 4, 3))
+    back_why = (
+        "NOT TUNED: 64 columns, for three products are alive at once; 64 x 64 of a weight's gradient, as sums take turns.",
+    )
+    pairs = Pairs(16, 512 // size, 4)
+    return Constants(tuple(tiles), pairs, 2048 // size, _RANK_LIMIT, why, back, weights, back_why)
 
 
 def tuned(spec: TritonSpec, tiles: dict[int, Tiles], pairs: Pairs | None, source: str) -> Constants:

@@ -112,6 +112,8 @@ class TritonSpec:
                 raise ValueError(f"{name} is '{getattr(self, name)}'; there are: {', '.join(allowed)}")
         if min(self.hidden_size, self.expert_width, self.experts) < 1 or min(self.shared_width, self.top_k) < 0:
             raise ValueError("there is no kernel for experts without neurons or inputs: sizes must be positive")
+        if max(self.rows, self.hidden_size) * max(self.hidden_size, self.expert_width) >= 2**31:
+            raise ValueError("an expert's matrix has 2^31 elements or more")
         if self.precision == "tf32" and self.dtype != "float32":
             raise ValueError(f"precision 'tf32' is one of float32 products, not of {self.dtype}")
         if self.shared_bias and not self.shared_width:

@@ -167,7 +167,7 @@ def _triton_block(
     *tensors, top_k, score, normalise, activation, gated, weight_format = rest
     if not top_k or weight_format == "int8":  # nothing is routed, or weights are rounded first
         operands = (x, router_weight, router_bias, ids, weights, order, offsets, *rest)
-        return _reference(*operands, experts=_triton_experts)
+        return _reference(*operands, experts=_triton_experts)  # type: ignore[misc]
     if ids is None:
         assert router_weight is not None
         ids, weights = route_reference(x, router_weight, router_bias, top_k, score, normalise)

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from moecompile.codegen.triton_backend import Kernel, build
+from moecompile.codegen.triton_backend import Kernel, build, expert_ffn_backward
 from moecompile.codegen.triton_backend import moe_ffn as generated
 from moecompile.codegen.triton_expressions import RULES, activation_function
 from moecompile.codegen.triton_slopes import derivative_function
@@ -287,6 +287,76 @@ def check_slopes() -> float:
     return worst
 
 
+def check_backward(case: Case, dtype: torch.dtype) -> float:
+    """The six gradients against the operator's own in float64; the largest error, each as a fraction of the largest value."""
+    tensors = operands(case, dtype)
+    names = ("x", "ids", "weights", "up", "down", "up_bias", "down_bias")
+    given = [tensors[name] for name in names]
+    grad = torch.randn(case.shape[0], case.shape[3], generator=torch.Generator().manual_seed(1)).to(dtype)
+    needs = [given[index] is not None for index in (0, 2, 3, 4, 5, 6)]
+    runs = [expert_ffn_backward(grad, *given, case.activation, case.gated, needs) for _ in range(2)]  # type: ignore[arg-type]
+    wide = [v.double() if v is not None and v.is_floating_point() else v for v in given]
+    wanted = torch.ops.moecompile.expert_ffn_backward(grad.double(), *wide, case.activation, case.gated, needs)
+    worst = 0.0
+    for got, again, want, need, tensor in zip(*runs, wanted, needs, [given[0], *given[2:]], strict=True):
+        assert (got is not None) == need
+        if got is None:
+            continue
+        assert torch.equal(got, again) and got.dtype == tensor.dtype and got.shape == tensor.shape  # type: ignore[union-attr]
+        if got.numel():
+            worst = max(worst, float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def stored(w: Tensor, form: str, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights as they are stored, their scales, their values) of rows of weights."""
+    groups = w.unflatten(-1, (-1, group or w.shape[-1]))
+    most = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}[form]
+    scale = groups.abs().amax(-1, keepdim=True) / most
+    if form == "fp8":
+        q = (groups / scale).to(torch.float8_e4m3fn)
+        return q.flatten(-2), scale.squeeze(-1), (q.to(w.dtype) * scale).flatten(-2)
+    q = (groups / scale).round()
+    values = (q * scale).flatten(-2)
+    if form == "int8":
+        return q.flatten(-2).to(torch.int8), scale.squeeze(-1), values
+    halves = (q.flatten(-2) + 8).to(torch.uint8)
+    return (halves[..., 0::2] | (halves[..., 1::2] << 4)).contiguous(), scale.squeeze(-1), values
+
+
+def check_format(form: str, group: int, tokens: int, gated: bool = True) -> float:
+    """Stored weights: as the operator with their values."""
+    hidden, width = (128, 64) if group else (54, 38)
+    case = Case("", (tokens, 4, 2, hidden, width), bias=True, shared=20, gated=gated)
+    tensors = operands(case, torch.float32)
+    spec = TritonSpec(hidden, width, 4, 2, gated, "silu", "float32", form, group, shared_width=20)
+    kernel, more, values = build(spec), {}, dict(tensors)
+    given = {}
+    for name in ("up", "down"):
+        weight = tensors[name]
+        assert weight is not None
+        given[name], more[f"{name}_scale"], values[name] = stored(weight, form, group)
+    shared = [tensors[f"shared_{name}"] for name in ("gate", "up", "down", "gate_bias", "up_bias")]
+    y = kernel(
+        tensors["x"], tensors["ids"], tensors["weights"], given["up"], given["down"], tensors["up_bias"], tensors["down_bias"],
+        **more, shared=kernel.module.Shared(*shared), bias=tensors["bias"],
+    )  # type: ignore[arg-type]  # fmt: skip
+    wanted = expected(case, values)
+    return float((y.double() - wanted).abs().max() / wanted.abs().max())
+
+
+FORMATS = [("int8", 0, 3), ("int4", 32, 9), ("int4", 0, 2), ("int8", 32, 2), ("fp8", 0, 9)]
+MORE_FORMATS = [(form, group, tokens) for form in ("int8", "int4") for group in (0, 32, 64) for tokens in (2, 20)]
+MORE_FORMATS += [("fp8", 0, 2), ("fp8", 0, 20)]
+BACKWARD = [CASES[0], CASES[3], CASES[4], Case("empty experts", (9, 6, 2, 40, 33), pick="few", activation="mish")]
+MORE_BACKWARD = [
+    Case("plain, biases", (14, 5, 3, 40, 70), gated=False, bias=True, activation="gelu"),
+    Case("all alike, large tiles", (70, 3, 1, 70, 40), pick="same", bias=True),
+    Case("whole blocks", (33, 4, 2, 64, 64), activation="quick_gelu"),
+    Case("one token", (1, 8, 2, 40, 24), bias=True),
+]
+
+
 def checks(everything: bool) -> dict[str, Any]:
     """Name -> function that returns an error; float16 takes a third of the cases."""
     found: dict[str, Any] = {
@@ -298,6 +368,14 @@ def checks(everything: bool) -> dict[str, Any]:
     cases = CASES + (MORE if everything else [])
     for dtype, chosen in ((torch.float32, cases), (torch.float16, cases[2::3])):
         found |= {f"{dtype} {case.name}": lambda case=case, dtype=dtype: error_of(case, dtype) for case in chosen}
+    for form, group, tokens in FORMATS + (MORE_FORMATS if everything else []):
+        name = f"{form}, groups of {group}, T={tokens}"
+        found[name] = lambda form=form, group=group, tokens=tokens: check_format(form, group, tokens, gated=tokens != 3)
+    backward = BACKWARD + (MORE_BACKWARD if everything else [])
+    for dtype, chosen in ((torch.float32, backward), (torch.float16, backward[3::2])):
+        found |= {
+            f"{dtype} backward, {case.name}": lambda case=case, dtype=dtype: check_backward(case, dtype) for case in chosen
+        }
     return found
 
 

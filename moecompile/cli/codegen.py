@@ -116,7 +116,8 @@ def _model_specs(options: argparse.Namespace) -> list[TritonSpec]:
         specs.append(
             TritonSpec(
                 s.hidden_size, s.expert_width, s.experts, block.top_k, s.gated, s.activation,
-                _dtype(options, experts.down_proj), weighted=False, up_bias=bias, down_bias=s.expert_bias, shared_width=s.shared_width,
+                _dtype(options, experts.down_proj), weighted=False, up_bias=bias,
+                down_bias=s.expert_bias, shared_width=s.shared_width,
                 shared_bias=bias and s.shared_width > 0, output_bias=s.bias,
             )
         )  # fmt: skip
