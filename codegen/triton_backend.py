@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import write_bytes
+from .triton_cache import Device, constants_for
 from .triton_constants import Constants
 from .triton_emit import emit
 from .triton_expressions import Unavailable, activation_function
@@ -193,7 +194,7 @@ def moe_ffn(
         )
     except ValueError as error:
         raise Unavailable(str(error)) from None
-    kernel = build(spec)
+    kernel = build(spec, _tuned(spec, x.device))
     routing = None if order is None or offsets is None else kernel.cut(order, offsets)
     more: dict[str, Any] = {"bias": bias, "routing": routing}
     if shared:
@@ -285,6 +286,12 @@ def _check(x: Tensor, up: Tensor, down: Tensor, equal: bool = True) -> None:
         raise Unavailable(f"x is on {x.device}; Triton kernels need a CUDA or HIP device (or TRITON_INTERPRET=1)")
     if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
         raise Unavailable("the Triton kernels need an NVIDIA device of compute capability 8.0 or later")
+
+
+@functools.lru_cache(maxsize=256)
+def _tuned(spec: TritonSpec, device: torch.device) -> Constants | None:
+    """What ``moecompile autotune`` measured for a spec on a device, looked up once per process."""
+    return constants_for(spec, Device.of(device), cache_folder() / "tuning") if device.type == "cuda" else None
 
 
 @functools.cache

@@ -86,11 +86,15 @@ def heuristic(spec: TritonSpec) -> Constants:
         "PAIRS: four 16-byte loads in flight per thread; bandwidth is all that counts there, as in SUM.",
         "MAP: few experts have more than 128 tiles; one warp has little to do.",
     )
-    # Three products are alive at once, so each has half of the forward's columns.
-    back = tuple(_fitted(spec, replace(tile, block_n=min(tile.block_n, 64), block_k=32, stages=3)) for tile in tiles)
-    weights = _fitted(spec, Tiles(64, 64, 32, 1, 4, 3))
+    # Three products are alive at once; 64 x 64 of each spill in float32, and on gfx1100 in 16 bits too.
+    columns = 64 if size == 2 and spec.target.backend == "cuda" else 32
+    depth, rows = 32, 64
+    if size == 4 and spec.target.backend == "hip":
+        depth, rows, columns = 16, 32, 16  # exact float32 products hold both operands in registers there
+    back = tuple(replace(_fitted(spec, replace(tile, block_n=columns, stages=3)), block_k=depth) for tile in tiles)
+    weights = replace(_fitted(spec, Tiles(rows, rows, 32, 1, 4, 3)), block_k=depth)
     back_why = (
-        "NOT TUNED: 64 columns, for three products are alive at once; 64 x 64 of a weight's gradient, as sums take turns.",
+        "NOT TUNED: few columns, for three products are alive at once; 64 x 64 of a weight's gradient, as sums take turns.",
     )
     pairs = Pairs(16, 512 // size, 4)
     return Constants(tuple(tiles), pairs, 2048 // size, _RANK_LIMIT, why, back, weights, back_why)

@@ -8,6 +8,8 @@ a plain one. This is the reference implementation, in plain torch operators; gen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -147,6 +149,10 @@ def expert_ffn_backward(
     Returns:
         The six gradients in that order; those not wanted are empty.
     """
+    if x.is_cuda:
+        generated = _generated_backward(grad, x, ids, weights, up, down, up_bias, down_bias, activation, gated, needs)
+        if generated is not None:
+            return generated
     tokens, chosen = ids.shape
     experts, width = up.shape[0], down.shape[2]
     act, wide = Activation(activation), _accumulator(x)
@@ -188,6 +194,20 @@ def expert_ffn_backward(
         if needs[0]:
             gx.index_add_(0, here, (gpre @ up[expert]).to(wide))
     return gx.to(x.dtype), gweights, gup, gdown, gup_bias, gdown_bias
+
+
+def _generated_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """The gradients by generated Triton kernels, which are deterministic; None, and one warning, where there are none."""
+    from .codegen import triton_backend  # here: the reference needs no code generation
+    from .lowered import warn_once
+
+    try:
+        grads = triton_backend.expert_ffn_backward(grad, x, *rest)
+    except triton_backend.Unavailable as reason:
+        warn_once(f"gradients of expert_ffn run in plain torch operators: {reason}")
+        return None
+    first, *others = (x.new_empty(_EMPTY) if g is None else g for g in grads)
+    return (first, *others)  # type: ignore[return-value]
 
 
 @expert_ffn_backward.register_fake
