@@ -92,6 +92,9 @@ def heuristic(spec: TritonSpec) -> Constants:
     if size == 4 and spec.target.backend == "hip":
         depth, rows, columns = 16, 32, 16  # exact float32 products hold both operands in registers there
     back = tuple(replace(_fitted(spec, replace(tile, block_n=columns, stages=3)), block_k=depth) for tile in tiles)
+    if spec.target.backend == "hip" and spec.target.lanes == 32:  # gfx1100 spills with four warps of 32
+        back = tuple(replace(tile, warps=8) if tile.block_m > 16 else tile for tile in back)
+        back = tuple(replace(tile, block_n=16) if tile.block_m > 64 else tile for tile in back)
     weights = replace(_fitted(spec, Tiles(rows, rows, 32, 1, 4, 3)), block_k=depth)
     back_why = (
         "NOT TUNED: few columns, for three products are alive at once; 64 x 64 of a weight's gradient, as sums take turns.",

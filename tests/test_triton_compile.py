@@ -69,6 +69,24 @@ def test_fp8_is_refused_where_a_device_has_none() -> None:
         compile_for(replace(SPEC, weight_format="fp8", target=Target("cuda", 80)), blocks=[16], only=["up_tiles"])
 
 
+GRADIENTS = ["hidden_back", "input_back", "weight_back"]
+
+
+def test_gradients_compile() -> None:
+    found = check(replace(SPEC, direction="backward"), blocks=[64], only=GRADIENTS)
+    assert set(found) == {"hidden_back/64", "input_back/64", "weight_back/up", "weight_back/down"}
+    assert {used.mma for used in found.values()} == {"wgmma.mma_async"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradients_compile_everywhere(gated: bool, dtype: str, target: Target) -> None:
+    spec = replace(SPEC, direction="backward", dtype=dtype, gated=gated, activation="gelu", target=target)
+    check(spec, only=[*GRADIENTS, "bias_back", "bias_dot"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize(
@@ -212,6 +230,33 @@ def test_bad_use(arguments: list[str], reason: str, tmp_path: Path, capsys: pyte
     assert main(["codegen", *arguments, "--out", str(tmp_path / "out"), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_kernels_of_a_converted_model(dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "moe", tmp_path / "kernels"
+    split = ["--recipe", "contiguous", "--experts", "6", "--shared", "2", "--top-k", "2"]
+    assert main(["convert", str(dense_folder), str(folder), *split, "--quiet"]) == 0
+    options = ["--target", "hip:gfx942", "--dtype", "float16", "--out", str(out), "--json", "--quiet"]
+    capsys.readouterr()
+    assert main(["codegen", str(folder), *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["kernels"]
+    (source,) = {row["source"] for row in rows}  # the blocks are alike
+    text = (out / source).read_text()
+    assert "experts=6" in text and "top_k=2" in text and "weighted=False" in text and "shared_width=0" not in text
+    assert {row["mma"] for row in rows if row["name"].startswith("up_tiles")} == {"v_mfma"}
+
+
+def test_specs_of_a_stock_model(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from moecompile.cli import parser
+    from moecompile.cli.codegen import specs_of
+
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "mixtral")
+    options = parser().parse_args(["codegen", str(tmp_path / "mixtral"), "--out", str(tmp_path / "out"), "--quiet"])
+    assert specs_of(options) == [TritonSpec(32, 16, 4, 2, True, "silu", "float32")]
 
 
 def test_a_dense_model_has_no_experts(dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
