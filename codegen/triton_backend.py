@@ -38,6 +38,7 @@ __all__ = [
     "expert_ffn",
     "expert_ffn_backward",
     "moe_ffn",
+    "route",
     "triton_module",
     "unsupported",
 ]
@@ -253,6 +254,25 @@ def _precision(x: Tensor, target: Target) -> str:
     return "tf32" if tf32 and target.backend == "cuda" else "ieee"
 
 
+def route(scores: Tensor, top_k: int, score: str, normalise: bool) -> tuple[Tensor, Tensor]:
+    """The K largest of each row, of equal ones the lower number: :func:`moecompile.lowered.route_reference` behind its scores.
+
+    Args:
+        scores: (T, N) floating point, before softmax or sigmoid.
+        score: ``none``, ``softmax`` or ``sigmoid``; normalise: divide the weights by their sum.
+
+    Returns:
+        ids (T, K) int64, weights (T, K) float32.
+
+    Raises:
+        Unavailable: no kernel here.
+    """
+    _check_device(scores)
+    # The file of any shape with this N would do; the smallest is quick to write.
+    spec = TritonSpec(16, 16, scores.shape[-1], top_k, False, "relu", target=device_target(scores.device))
+    return build(spec).module.route(scores, top_k, score, normalise)
+
+
 def unsupported(dtype: torch.dtype, activation: str) -> str | None:
     """Why there can be no kernel for this type and activation, as one line; None if there can.
 
@@ -274,13 +294,17 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 
 def _check(x: Tensor, up: Tensor, down: Tensor, equal: bool = True) -> None:
-    triton = triton_module()
+    triton_module()
     _check_dtype(x.dtype)
     if equal and not x.dtype == up.dtype == down.dtype:
         raise Unavailable(f"x is {x.dtype}, up {up.dtype}, down {down.dtype}: the kernels multiply equal types")
     if not up.is_contiguous() or not down.is_contiguous():
         raise Unavailable("up and down must be contiguous; a copy at every call would cost more than the kernel saves")
-    if triton.knobs.runtime.interpret:
+    _check_device(x)
+
+
+def _check_device(x: Tensor) -> None:
+    if triton_module().knobs.runtime.interpret:
         return
     if not x.is_cuda:
         raise Unavailable(f"x is on {x.device}; Triton kernels need a CUDA or HIP device (or TRITON_INTERPRET=1)")

@@ -23,7 +23,8 @@ TARGETS = tuple(Target.parse(text) for text in ("cuda:80", "cuda:90", "cuda:100"
 # Tensor-core instructions as they are written in PTX and AMD's assembly.
 MMA = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma", "v_wmma")
 # Types of a kernel's parameters that are not of the element type; `pairs` is a number where ids come before it.
-_POINTERS = {"ids": "*i64", "order": "*i64", "offsets": "*i64", "tile_expert": "*i32", "tile_row": "*i32", "partial": "*fp32"}
+_POINTERS = {"ids": "*i64", "order": "*i64", "offsets": "*i64", "tile_expert": "*i32", "tile_row": "*i32"}
+_POINTERS |= {"partial": "*fp32", "scores": "*fp32", "gates": "*fp32"}
 _NUMBERS = ("tiles", "tokens", "pairs")
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _STORED = {"fp8": "fp8e4nv", "int8": "i8", "int4": "u8"}
@@ -56,7 +57,9 @@ def _launches(spec: TritonSpec, module: Any, blocks: Collection[int] | None) -> 
     yield "down_pairs", "down_pairs", module.PAIRS
     yield "sum_pairs", "sum_pairs", {**module.SUM, "TOP_K": spec.top_k}
     yield "rank_pairs", "rank_pairs", module.RANK
-    lanes = 1 << (spec.experts - 1).bit_length()
+    lanes, slots = (1 << (count - 1).bit_length() for count in (spec.experts, max(spec.top_k, 1)))
+    routing = {"CHOSEN": spec.top_k, "SLOTS": slots, "LANES": lanes, "SCORE": "softmax", "NORMALISE": True, "num_warps": 1}
+    yield "choose", "choose", routing
     for block, tile in module.TILES.items():
         if blocks is not None and block not in blocks:
             continue

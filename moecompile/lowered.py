@@ -163,14 +163,16 @@ def _triton_block(
     x: Tensor, router_weight: Tensor | None, router_bias: Tensor | None, ids: Tensor | None, weights: Tensor | None,
     order: Tensor | None, offsets: Tensor | None, *rest: Any,
 ) -> Tensor:  # fmt: skip
-    """``moe_ffn`` by Triton kernels, shared experts in the same launches; the router stays torch operators."""
+    """``moe_ffn`` by Triton kernels, shared experts in the same launches; a router's scores are torch's, in float32."""
     *tensors, top_k, score, normalise, activation, gated, weight_format = rest
     if not top_k or weight_format == "int8":  # nothing is routed, or weights are rounded first
         operands = (x, router_weight, router_bias, ids, weights, order, offsets, *rest)
         return _reference(*operands, experts=_triton_experts)  # type: ignore[misc]
     if ids is None:
         assert router_weight is not None
-        ids, weights = route_reference(x, router_weight, router_bias, top_k, score, normalise)
+        bias = None if router_bias is None else router_bias.float()
+        scores = torch.nn.functional.linear(x.float(), router_weight.float(), bias)
+        ids, weights = triton_backend.route(scores, top_k, score, normalise)
         weights = None if score == "none" else weights
     return triton_backend.moe_ffn(x, ids, weights, order, offsets, *tensors, activation=activation, gated=gated)
 

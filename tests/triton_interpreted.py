@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from moecompile.codegen.triton_backend import Kernel, build, expert_ffn_backward
+from moecompile.codegen.triton_backend import Kernel, build, expert_ffn_backward, route
 from moecompile.codegen.triton_backend import moe_ffn as generated
 from moecompile.codegen.triton_expressions import RULES, activation_function
 from moecompile.codegen.triton_slopes import derivative_function
@@ -26,8 +27,8 @@ from moecompile.codegen.triton_spec import TritonSpec
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import moecompile.lowered  # noqa: F401
 from moecompile.activations import NAMED, Activation
+from moecompile.lowered import route_reference
 
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -88,6 +89,36 @@ MORE = [
     Case("unit gates, pairs", (2, 8, 2, 40, 24), unit=True),
     Case("strided x, pairs", (3, 8, 2, 40, 24), strided=True),
 ]
+
+
+def random_cases(count: int) -> list[Case]:
+    """Cases of any shape, always the same ones."""
+    draw = random.Random(0)
+    cases = []
+    for number in range(count):
+        experts = draw.randint(1, 12)
+        shape = (
+            draw.choice((0, 1, 2, 5, 17, 40)),
+            experts,
+            draw.randint(1, experts),
+            draw.randint(1, 140),
+            draw.randint(1, 90),
+        )
+        cases.append(
+            Case(
+                f"random {number}: {shape}",
+                shape,
+                gated=draw.random() < 0.6,
+                bias=draw.random() < 0.5,
+                unit=draw.random() < 0.3,
+                activation=draw.choice(("silu", "gelu", "relu2", "tanh")),
+                pick=draw.choice(("any", "few", "same")),
+                block=draw.choice((None, 16, 64)),
+                strided=draw.random() < 0.3,
+                shared=draw.choice((0, 1, 40)),
+            )
+        )
+    return cases
 
 
 def operands(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
@@ -214,6 +245,29 @@ def check_sharing() -> float:
         assert "routing" in str(error)
         return 0.0
     raise AssertionError("a routing of ten tokens was taken for two")
+
+
+def check_routing() -> float:
+    """The choice against the reference, and against a plain loop where scores are equal or not numbers."""
+    g = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for experts, chosen in ((5, 2), (64, 8), (3, 3), (1, 1)):
+        x, weight = torch.randn(6, 12, generator=g), torch.randn(experts, 12, generator=g)
+        scores = torch.nn.functional.linear(x, weight)
+        for score in ("none", "softmax", "sigmoid"):
+            for normalise in (False, True):
+                ids, weights = route(scores, chosen, score, normalise)
+                wanted, gates = route_reference(x, weight, None, chosen, score, normalise)
+                assert torch.equal(ids.sort(-1).values, wanted.sort(-1).values)
+                order = wanted.gather(-1, gates.argsort(-1, descending=True)) if score != "none" else None
+                assert order is None or torch.equal(ids, order)
+                worst = max(worst, float((weights - gates.sort(-1, descending=True).values).abs().max()))
+    nan, inf = float("nan"), float("inf")
+    odd = torch.tensor(
+        [[1.0, 2.0, 2.0, 2.0, 0.0], [nan, 1.0, 1.0, -inf, nan], [-inf] * 5, [nan] * 5, [inf, 0.0, inf, 1.0, 1.0]]
+    )
+    assert route(odd, 3, "none", False)[0].tolist() == [[1, 2, 3], [1, 2, 0], [0, 1, 2], [0, 1, 2], [0, 2, 3]]
+    return worst
 
 
 POINTWISE = sorted(
@@ -362,10 +416,11 @@ def checks(everything: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "dispatch": check_dispatch,
         "sharing": check_sharing,
+        "routing": check_routing,
         "activations": check_activations,
         "slopes": check_slopes,
     }
-    cases = CASES + (MORE if everything else [])
+    cases = CASES + (MORE + random_cases(40) if everything else [])
     for dtype, chosen in ((torch.float32, cases), (torch.float16, cases[2::3])):
         found |= {f"{dtype} {case.name}": lambda case=case, dtype=dtype: error_of(case, dtype) for case in chosen}
     for form, group, tokens in FORMATS + (MORE_FORMATS if everything else []):
