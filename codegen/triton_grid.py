@@ -28,6 +28,7 @@ SHAPES = {
     "Llama-7B/8": (4096, 1376, 8, 2),
 }
 PRODUCTS = ("up_pairs", "down_pairs", "up_tiles", "down_tiles")
+BACKWARD = ("hidden_back", "input_back", "weight_back")
 Row = list[int | str]  # registers, spill_bytes, shared_bytes, mma
 TABLE = Path(__file__).parent / "resources.json"
 
@@ -38,15 +39,15 @@ def spec_of(shape: str, target: Target, dtype: str = "bfloat16", **fields: objec
 
 
 def rows_of(
-    shape: str, target: Target, blocks: Collection[int] | None = None, only: Collection[str] = PRODUCTS
+    shape: str, target: Target, blocks: Collection[int] | None = None, only: Collection[str] = PRODUCTS + BACKWARD
 ) -> dict[str, Row]:
-    """Kernel -> what it uses, for one shape and target.
+    """Kernel -> what it uses, for one shape and target, forward and backward.
 
     Raises:
         CompileError: the lint has a reason against a kernel.
         Unavailable: Triton is missing, or does not compile one.
     """
-    spec = spec_of(shape, target)
+    spec = spec_of(shape, target, direction="backward")
     rows: dict[str, Row] = {}
     for name, kernel in compile_for(spec, blocks, only=only).items():
         reasons = lint(name, kernel, spec)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from moecompile.codegen.triton_compile import compile_for
 from moecompile.codegen.triton_expressions import RULES, activation_function, literal
 from moecompile.codegen.triton_slopes import BINARY, SLOPES
 from moecompile.codegen.triton_spec import TritonSpec
-from triton_interpreted import CASES, MORE, Case, error_of, kernel_of, operands, run
+from triton_interpreted import BACKWARD, CASES, MORE, MORE_BACKWARD, Case, check_backward, error_of, kernel_of, operands, run
 
 from moecompile.activations import PRIMITIVES
 from moecompile.errors import PlanError
@@ -200,6 +201,28 @@ def test_unwritable_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_device(case: Case, cache: Path) -> None:
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 1.5e-3), (torch.bfloat16, 1.2e-2)):
         assert error_of(case, dtype, "cuda") <= tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", BACKWARD + MORE_BACKWARD, ids=lambda case: case.name)
+def test_gradients_on_a_device(case: Case, cache: Path) -> None:
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.float16, 3e-3), (torch.bfloat16, 2.5e-2)):
+        assert check_backward(case, dtype, "cuda", times=20) <= tolerance
+
+
+@pytest.mark.gpu
+def test_the_operator_on_a_device(cache: Path) -> None:
+    """Forward and gradients of the operator are the generated kernels', without a warning."""
+    case = Case("", (50, 8, 2, 64, 48), bias=True)
+    tensors = operands(case, torch.float32, "cuda")
+    given = [
+        None if v is None else v.requires_grad_(v.is_floating_point()) for v in (tensors[name] for name in EXPERT_OPERANDS)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = torch.ops.moecompile.expert_ffn(*given, "silu", True)
+        y.sum().backward()
+    assert torch.equal(y, expert_ffn(*given, "silu", True)) and all(v.grad is not None for v in given if v.is_floating_point())
 
 
 @pytest.mark.gpu

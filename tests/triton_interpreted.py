@@ -341,24 +341,25 @@ def check_slopes() -> float:
     return worst
 
 
-def check_backward(case: Case, dtype: torch.dtype) -> float:
+def check_backward(case: Case, dtype: torch.dtype, device: str = "cpu", times: int = 2) -> float:
     """The six gradients against the operator's own in float64; the largest error, each as a fraction of the largest value."""
-    tensors = operands(case, dtype)
+    tensors = operands(case, dtype, device)
     names = ("x", "ids", "weights", "up", "down", "up_bias", "down_bias")
     given = [tensors[name] for name in names]
-    grad = torch.randn(case.shape[0], case.shape[3], generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad = torch.randn(case.shape[0], case.shape[3], generator=torch.Generator().manual_seed(1)).to(device, dtype)
     needs = [given[index] is not None for index in (0, 2, 3, 4, 5, 6)]
-    runs = [expert_ffn_backward(grad, *given, case.activation, case.gated, needs) for _ in range(2)]  # type: ignore[arg-type]
-    wide = [v.double() if v is not None and v.is_floating_point() else v for v in given]
-    wanted = torch.ops.moecompile.expert_ffn_backward(grad.double(), *wide, case.activation, case.gated, needs)
+    first, *others = (expert_ffn_backward(grad, *given, case.activation, case.gated, needs) for _ in range(times))  # type: ignore[arg-type]
+    wide = [v if v is None else v.cpu().double() if v.is_floating_point() else v.cpu() for v in given]
+    wanted = torch.ops.moecompile.expert_ffn_backward(grad.cpu().double(), *wide, case.activation, case.gated, needs)
     worst = 0.0
-    for got, again, want, need, tensor in zip(*runs, wanted, needs, [given[0], *given[2:]], strict=True):
+    for index, (got, want, need, tensor) in enumerate(zip(first, wanted, needs, [given[0], *given[2:]], strict=True)):
         assert (got is not None) == need
         if got is None:
             continue
-        assert torch.equal(got, again) and got.dtype == tensor.dtype and got.shape == tensor.shape  # type: ignore[union-attr]
+        assert got.dtype == tensor.dtype and got.shape == tensor.shape  # type: ignore[union-attr]
+        assert all(torch.equal(got, other[index]) for other in others), "other bits at another call"
         if got.numel():
-            worst = max(worst, float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)))
+            worst = max(worst, float((got.cpu().double() - want).abs().max() / want.abs().max().clamp_min(1e-30)))
     return worst
 
 
