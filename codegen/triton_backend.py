@@ -1,151 +1,50 @@
-"""Expert FFNs as Triton kernels:  spec -> :func:`emit` -> source -> :func:`build` -> :class:`Kernel` -> launch.
+"""Expert FFNs as Triton kernels:  spec -> :func:`~.triton_emit.emit` -> source -> :func:`build` -> :class:`Kernel` -> launch.
 
-    y_t = sum_k w_tk (W2_e act(...) + b2_e),  e = ids_tk          (:mod:`moecompile.ops` has the whole formula)
+    y_t = sum_k w_tk (W2_e act(...) + b2_e) + shared(x_t) + b,  e = ids_tk         (the whole formula: :mod:`moecompile.ops`)
 
-The source is a file that stands alone; its text comes from ``templates/expert_ffn_triton.py.jinja``, its activation from
-:mod:`.triton_expressions`, its launch constants from the tables below. Forward only: the operator brings the gradient.
+:func:`moe_ffn` is what lowered graphs call: it makes the spec from the tensors. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import importlib.util
 import os
 import threading
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 
-from ..activations import Activation
 from ..errors import CheckpointError
 from ..files import write_bytes
-from ..version import __version__
-from .spec import ExpertKernelSpec
+from .triton_cache import Device, constants_for
+from .triton_constants import Constants
+from .triton_emit import emit
 from .triton_expressions import Unavailable, activation_function
+from .triton_spec import Target, TritonSpec
 
-__all__ = ["Kernel", "Unavailable", "build", "compile_for", "emit", "expert_ffn", "unsupported"]
+__all__ = [
+    "Kernel",
+    "Unavailable",
+    "build",
+    "device_target",
+    "emit",
+    "expert_ffn",
+    "expert_ffn_backward",
+    "moe_ffn",
+    "route",
+    "triton_module",
+    "unsupported",
+]
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 MIN_TRITON = (3, 6)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Launch constants of the two grouped products, for tiles of ``block_m`` tokens of one expert.
-
-    Attributes:
-        block_n: columns of a product; a gated first product has block_n / 2 gates and as many ups.
-        block_k: elements of a row that are multiplied at a time.
-        group: tiles that go through all columns together.
-        warps, stages: of a program.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Launch constants of the products of single tokens: rows and elements of a row that a program reads at a time."""
-
-    block_n: int
-    block_k: int
-    warps: int
-
-
-@dataclass(frozen=True)
-class Constants:
-    """All launch constants of one file, and why they are what they are."""
-
-    tiles: tuple[Tiles, ...]
-    hip_block_k: int
-    pairs: Pairs
-    sum_block: int
-    why_tiles: tuple[str, ...]
-    why_pairs: tuple[str, ...]
-
-
-# Bytes per element -> launch constants. None of them is tuned.
-CONSTANTS = {
-    2: Constants(
-        tiles=(Tiles(16, 128, 64, 8, 4, 4), Tiles(64, 128, 64, 8, 4, 4), Tiles(128, 128, 64, 8, 8, 3)),
-        hip_block_k=32,
-        pairs=Pairs(16, 256, 4),
-        sum_block=1024,
-        why_tiles=(
-            "rows: the smallest tile that holds an expert's share if tokens spread evenly, so that weights are read once.",
-            "128 x 128 x 64: 64 registers of sums per thread; with its stages 96 KB, which consumer cards have, too.",
-            "16 rows is the least that tensor cores take; 64 the least for Hopper's and one warp group.",
-            "groups of 8: 8 x 128 tokens of D = 4096 are 8 MB, a part of L2.",
-        ),
-        why_pairs=("16 x 256: four 16-byte loads in flight per thread; bandwidth is all that counts here.",),
-    ),
-    4: Constants(
-        tiles=(Tiles(16, 64, 32, 8, 4, 3), Tiles(64, 64, 32, 8, 4, 3)),
-        hip_block_k=32,
-        pairs=Pairs(16, 128, 4),
-        sum_block=512,
-        why_tiles=(
-            "rows: the smallest tile that holds an expert's share if tokens spread evenly, so that weights are read once.",
-            "64 x 64 x 32: exact float32 has no tensor cores; few sums per thread, against spills (gfx1100 spills).",
-        ),
-        why_pairs=("16 x 128: four 16-byte loads in flight per thread; bandwidth is all that counts here.",),
-    ),
-}
-
-
-def emit(spec: ExpertKernelSpec) -> str:
-    """The source of a file that computes one expert FFN; it imports torch and triton alone and is the same on every machine.
-
-    It defines ``expert_ffn(x, ids, weights, up, down, up_bias, down_bias, routing)``, ``block_for(pairs)`` and
-    ``dispatch(ids, experts, block)``, which is ``rank`` and ``cut``. ``spec.top_k`` is only what it expects, every K will do.
-
-    Raises:
-        PlanError: ``spec.activation`` is not an activation expression.
-        Unavailable: there is no such kernel: an activation without a Triton form, an element size other than 2 and 4 bytes,
-            a dimension that is 0.
-    """
-    if spec.element_bytes not in CONSTANTS:
-        raise Unavailable(f"there are Triton kernels for 2 and 4 bytes per element, not for {spec.element_bytes}")
-    if min(spec.hidden_size, spec.expert_width, spec.experts) < 1:
-        raise Unavailable("there is no Triton kernel for experts without neurons or inputs")
-    constants = CONSTANTS[spec.element_bytes]
-    return (
-        _environment()
-        .get_template("expert_ffn_triton.py.jinja")
-        .render(
-            spec=spec,
-            gated=spec.gated,
-            expression=ast.unparse(ast.parse(Activation(spec.activation).expression, mode="eval")),
-            activation=activation_function(spec.activation),
-            constants=constants,
-            version=__version__,
-        )
-    )
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader(__name__.rpartition(".")[0], "templates"),
-        autoescape=False,  # Python, not HTML; every text that enters is a number or unparsed code
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
 
 
 @dataclass(frozen=True)
@@ -159,7 +58,7 @@ class Kernel:
         module: the module made of it.
     """
 
-    spec: ExpertKernelSpec
+    spec: TritonSpec
     source: str
     path: Path
     module: ModuleType
@@ -175,7 +74,7 @@ class Kernel:
             ``Routing`` (order, offsets, tile_expert, tile_row, block); None where this few pairs need none.
         """
         block = self.module.block_for(ids.numel()) if block is None else block
-        return self.module.dispatch(ids, self.spec.experts, block) if block else None
+        return self.module.dispatch(ids, block) if block else None
 
     def cut(self, order: Tensor, offsets: Tensor) -> Any:
         """As :meth:`dispatch`, from pairs that are ordered already.
@@ -190,26 +89,18 @@ class Kernel:
         return self.module.cut(order, offsets, block) if block else None
 
     def __call__(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor | None,
-        up: Tensor,
-        down: Tensor,
-        up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-        routing: Any = None,
+        self, x: Tensor, ids: Tensor, weights: Tensor | None, up: Tensor, down: Tensor, *rest: Any, **more: Any
     ) -> Tensor:
-        """(T, D) -> (T, D); see :func:`expert_ffn`.
+        """(T, D) -> (T, D): the file's own ``expert_ffn``, whose docstring lists the operands.
 
         Raises:
             Unavailable: these tensors cannot be used: device, dtype, layout.
             ValueError: shapes that do not fit.
         """
-        _check(x, up, down)
-        if x.element_size() != self.spec.element_bytes:
-            raise Unavailable(f"this kernel was made for {self.spec.element_bytes} bytes per element, x has {x.dtype}")
-        return self.module.expert_ffn(x, ids, weights, up, down, up_bias, down_bias, routing)
+        _check(x, up, down, equal=not self.spec.quantised)
+        if DTYPES[x.dtype] != self.spec.dtype:
+            raise Unavailable(f"this kernel was made for {self.spec.dtype}, x has {x.dtype}")
+        return self.module.expert_ffn(x, ids, weights, up, down, *rest, **more)
 
 
 def expert_ffn(
@@ -225,7 +116,32 @@ def expert_ffn(
     order: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """:func:`moecompile.ops.expert_ffn` by generated kernels: the same operands, no gradient.
+    """:func:`moecompile.ops.expert_ffn` by generated kernels: the same operands, no gradient; see :func:`moe_ffn`."""
+    none = (None,) * 6
+    return moe_ffn(x, ids, weights, order, offsets, up, down, up_bias, down_bias, *none, activation=activation, gated=gated)
+
+
+def moe_ffn(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    shared_gate: Tensor | None,
+    shared_up: Tensor | None,
+    shared_down: Tensor | None,
+    shared_gate_bias: Tensor | None,
+    shared_up_bias: Tensor | None,
+    bias: Tensor | None,
+    *,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """Routed and shared experts by generated kernels, in the same launches.
 
     Nothing waits for the device and all grids follow from shapes, so that it can be captured in a CUDA graph once it has run.
 
@@ -233,14 +149,16 @@ def expert_ffn(
         x: (T, D) float32, float16 or bfloat16.
         ids: (T, K) integer expert numbers.
         weights: (T, K) floating point; None means that every weight is 1 and costs nothing.
-        up: (N, G*I, D) gate rows then up rows of each expert, contiguous, dtype of x.
-        down: (N, D, I), contiguous, dtype of x.
-        up_bias: (N, G*I) floating point or None.
-        down_bias: (N, D) floating point or None.
-        activation: a name or expression of :mod:`moecompile.activations`.
-        gated: whether G is 2.
         order: (T*K,) int64, positions in ids.flatten() by expert, earlier ones first, where they are known; with
         offsets: (N + 1,) int64, where each expert's begin in it.
+        up: (N, G*I, D) gate rows then up rows of each expert, contiguous, dtype of x.
+        down: (N, D, I), contiguous, dtype of x.
+        up_bias: (N, G*I) floating point or None; down_bias: (N, D) likewise.
+        shared_gate, shared_up: (S, D), dtype of x, or None; shared_down: (D, S).
+        shared_gate_bias, shared_up_bias: (S,) or None.
+        bias: (D,), added to every row of y, or None.
+        activation: a name or expression of :mod:`moecompile.activations`.
+        gated: whether G is 2.
 
     Returns:
         (T, D), dtype of x. Sums are taken in float32, in an order that depends on the shapes and ids alone.
@@ -251,10 +169,108 @@ def expert_ffn(
         ValueError: shapes that do not fit.
     """
     _check(x, up, down)
-    spec = ExpertKernelSpec(x.shape[-1], down.shape[-1], up.shape[0], ids.shape[-1], gated, activation, x.element_size())
-    kernel = build(spec)
+    target = device_target(x.device)
+    shared = shared_up is not None and shared_down is not None
+    if shared and any(v is not None and v.dtype != x.dtype for v in (shared_gate, shared_up, shared_down)):
+        raise Unavailable(f"x is {x.dtype}, shared experts are not: the kernels multiply equal types")
+    if shared and gated and (shared_gate is None or (shared_gate_bias is None) != (shared_up_bias is None)):
+        raise Unavailable("shared experts need a gate where the others have one, and both biases or none")
+    try:
+        spec = TritonSpec(
+            x.shape[-1],
+            down.shape[-1],
+            up.shape[0],
+            ids.shape[-1],
+            gated,
+            activation,
+            DTYPES[x.dtype],
+            precision=_precision(x, target),
+            weighted=weights is not None,
+            up_bias=up_bias is not None,
+            down_bias=down_bias is not None,
+            shared_width=shared_up.shape[0] if shared and shared_up is not None else 0,
+            shared_bias=shared and shared_up_bias is not None,
+            output_bias=bias is not None,
+            target=target,
+        )
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
+    kernel = build(spec, _tuned(spec, x.device))
     routing = None if order is None or offsets is None else kernel.cut(order, offsets)
-    return kernel(x, ids, weights, up, down, up_bias, down_bias, routing)
+    more: dict[str, Any] = {"bias": bias, "routing": routing}
+    if shared:
+        more["shared"] = kernel.module.Shared(shared_gate, shared_up, shared_down, shared_gate_bias, shared_up_bias)
+    return kernel(x, ids, weights, up, down, up_bias, down_bias, **more)
+
+
+def expert_ffn_backward(
+    grad: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """:func:`moecompile.ops.expert_ffn_backward` by generated kernels, bit for bit the same at every call.
+
+    Returns:
+        Six gradients, of x, weights, up, down, up_bias, down_bias; None for those not wanted or not there.
+
+    Raises:
+        Unavailable: no kernel for these tensors or this activation, or none on this machine.
+        ValueError: shapes that do not fit.
+    """
+    _check(x, up, down)
+    target = device_target(x.device)
+    try:
+        spec = TritonSpec(
+            x.shape[-1],
+            down.shape[-1],
+            up.shape[0],
+            ids.shape[-1],
+            gated,
+            activation,
+            DTYPES[x.dtype],
+            precision=_precision(x, target),
+            up_bias=up_bias is not None,
+            down_bias=down_bias is not None,
+            direction="backward",
+            target=target,
+        )
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
+    module = build(spec).module
+    return module.expert_ffn_backward(grad, x, ids, weights, up, down, up_bias, down_bias, tuple(needs))
+
+
+def _precision(x: Tensor, target: Target) -> str:
+    """Of float32 products, as torch's own are set."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and target.backend == "cuda" else "ieee"
+
+
+def route(scores: Tensor, top_k: int, score: str, normalise: bool) -> tuple[Tensor, Tensor]:
+    """The K largest of each row, of equal ones the lower number: :func:`moecompile.lowered.route_reference` behind its scores.
+
+    Args:
+        scores: (T, N) floating point, before softmax or sigmoid.
+        score: ``none``, ``softmax`` or ``sigmoid``; normalise: divide the weights by their sum.
+
+    Returns:
+        ids (T, K) int64, weights (T, K) float32.
+
+    Raises:
+        Unavailable: no kernel here.
+    """
+    _check_device(scores)
+    # The file of any shape with this N would do; the smallest is quick to write.
+    spec = TritonSpec(16, 16, scores.shape[-1], top_k, False, "relu", target=device_target(scores.device))
+    return build(spec).module.route(scores, top_k, score, normalise)
 
 
 def unsupported(dtype: torch.dtype, activation: str) -> str | None:
@@ -264,7 +280,7 @@ def unsupported(dtype: torch.dtype, activation: str) -> str | None:
         PlanError: ``activation`` is not an activation expression.
     """
     try:
-        _triton()
+        triton_module()
         _check_dtype(dtype)
         activation_function(activation)
     except Unavailable as reason:
@@ -277,14 +293,18 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise Unavailable(f"there are no Triton kernels for {dtype}")
 
 
-def _check(x: Tensor, up: Tensor, down: Tensor) -> None:
-    triton = _triton()
+def _check(x: Tensor, up: Tensor, down: Tensor, equal: bool = True) -> None:
+    triton_module()
     _check_dtype(x.dtype)
-    if not x.dtype == up.dtype == down.dtype:
+    if equal and not x.dtype == up.dtype == down.dtype:
         raise Unavailable(f"x is {x.dtype}, up {up.dtype}, down {down.dtype}: the kernels multiply equal types")
     if not up.is_contiguous() or not down.is_contiguous():
         raise Unavailable("up and down must be contiguous; a copy at every call would cost more than the kernel saves")
-    if triton.knobs.runtime.interpret:
+    _check_device(x)
+
+
+def _check_device(x: Tensor) -> None:
+    if triton_module().knobs.runtime.interpret:
         return
     if not x.is_cuda:
         raise Unavailable(f"x is on {x.device}; Triton kernels need a CUDA or HIP device (or TRITON_INTERPRET=1)")
@@ -292,8 +312,29 @@ def _check(x: Tensor, up: Tensor, down: Tensor) -> None:
         raise Unavailable("the Triton kernels need an NVIDIA device of compute capability 8.0 or later")
 
 
-def _triton() -> Any:
-    """The package, which is not required to be there."""
+@functools.lru_cache(maxsize=256)
+def _tuned(spec: TritonSpec, device: torch.device) -> Constants | None:
+    """What ``moecompile autotune`` measured for a spec on a device, looked up once per process."""
+    return constants_for(spec, Device.of(device), cache_folder() / "tuning") if device.type == "cuda" else None
+
+
+@functools.cache
+def device_target(device: torch.device) -> Target:
+    """The kind of device that a kernel for tensors there is made for; CPU tensors (the interpreter's) count as cuda:90."""
+    if device.type != "cuda":
+        return Target("cuda", 90)
+    if torch.version.hip is not None:
+        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return Target("cuda", 10 * major + minor)
+
+
+def triton_module() -> Any:
+    """The package, which is not required to be there.
+
+    Raises:
+        Unavailable: it is not, or is too old.
+    """
     try:
         import triton
     except ImportError as error:
@@ -306,94 +347,46 @@ def _triton() -> Any:
 _building = threading.Lock()
 
 
-def build(spec: ExpertKernelSpec) -> Kernel:
+def build(spec: TritonSpec, constants: Constants | None = None) -> Kernel:
     """The kernel of a spec; made once per process, its file kept in ``~/.cache/moecompile/kernels`` (``XDG_CACHE_HOME``).
 
     Nothing is compiled before the first launch; then Triton does it, and keeps the results in its own cache.
+
+    Args:
+        constants: launch constants; None takes the heuristic's.
 
     Raises:
         PlanError: as :func:`emit`.
         Unavailable: as :func:`emit`; or Triton is missing, or the file cannot be written.
     """
-    _triton()
+    triton_module()
     with _building:
-        return _build(spec)
+        return _build(spec, constants)
 
 
 @functools.lru_cache(maxsize=256)
-def _build(spec: ExpertKernelSpec) -> Kernel:
-    source = emit(spec)
-    name = f"expert_ffn_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moecompile" / "kernels" / f"{name}.py"
+def _build(spec: TritonSpec, constants: Constants | None) -> Kernel:
+    source = emit(spec, constants)
+    name = f"{spec.name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    path = cache_folder() / "kernels" / f"{name}.py"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != source.encode():
             write_bytes(path, source.encode())
     except (OSError, CheckpointError) as error:
         raise Unavailable(f"the generated kernel cannot be kept: {error}") from error
-    module_spec = importlib.util.spec_from_file_location(f"moecompile.codegen.{name}", path)
+    return Kernel(spec, source, path, load(path))
+
+
+def cache_folder() -> Path:
+    """Where generated files and tuning results are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moecompile"
+
+
+def load(path: Path) -> ModuleType:
+    """The module in a generated file."""
+    module_spec = importlib.util.spec_from_file_location(f"moecompile.codegen.{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    return Kernel(spec, source, path, module)
-
-
-# Kernel parameters that are not numbers or of the element type.
-_POINTERS = {"ids": "*i64", "order": "*i64", "offsets": "*i64", "tile_expert": "*i32", "tile_row": "*i32"}
-
-
-def compile_for(
-    spec: ExpertKernelSpec,
-    target: tuple[str, int | str, int],
-    dtype: torch.dtype = torch.bfloat16,
-    blocks: Collection[int] | None = None,
-) -> dict[str, Any]:
-    """Compile every kernel of a spec ahead of time, with biases and weights; needs no device of that kind, nor any.
-
-    Args:
-        spec: what is computed.
-        target: backend, architecture and threads per warp: ("cuda", 90, 32), ("hip", "gfx942", 64).
-        dtype: of the tensors; its size must be the spec's.
-        blocks: the tile sizes wanted, keys of the file's ``TILES``; None for all.
-
-    Returns:
-        Name (``up_tiles/128``, ``up_pairs``) -> Triton's compiled kernel, with ``asm`` and ``metadata``.
-
-    Raises:
-        Unavailable: as :func:`build`; or the interpreter is on, which compiles nothing.
-    """
-    triton = _triton()
-    if triton.knobs.runtime.interpret:
-        raise Unavailable("the interpreter is on (TRITON_INTERPRET), nothing can be compiled")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    module = build(spec).module
-    launches: dict[str, dict[str, Any]] = {
-        "up_pairs": {**module.PAIRS, "TOP_K": spec.top_k},
-        "down_pairs": module.PAIRS,
-        "sum_pairs": {**module.SUM, "TOP_K": spec.top_k},
-    }
-    for block, tile in module.tiles_for(hip=target[0] == "hip").items():
-        if blocks is None or block in blocks:
-            launches[f"up_tiles/{block}"] = {**tile, "TOP_K": spec.top_k, "PRECISION": "ieee"}
-            launches[f"down_tiles/{block}"] = {**tile, "PRECISION": "ieee"}
-            lanes = triton.next_power_of_2(spec.experts)
-            launches[f"map_tiles/{block}"] = {**module.MAP, "N": spec.experts, "LANES": lanes, "BLOCK_M": block}
-    compiled = {}
-    for name, launch in launches.items():
-        function = getattr(module, name.partition("/")[0])
-        constants = {key: value for key, value in launch.items() if key in function.arg_names}
-        options = {key: value for key, value in launch.items() if key not in constants}
-        signature, attributes = {}, {}
-        for place, argument in enumerate(function.arg_names):
-            if argument in constants:
-                signature[argument] = "constexpr"
-            elif argument == "tiles":
-                signature[argument] = "i32"
-            else:
-                signature[argument] = _POINTERS.get(argument, f"*{DTYPES[dtype]}")
-                attributes[(place,)] = [["tt.divisibility", 16]]  # as torch's allocators align
-        source = ASTSource(function, signature, constants, attributes)
-        compiled[name] = triton.compile(source, target=GPUTarget(*target), options=options)
-    return compiled
+    return module

@@ -2,7 +2,8 @@
 
 Every intermediate value gets a name and equal ones share it, so the code can be read and nothing is computed twice. Only
 ``tl.exp``, ``log``, ``sqrt``, ``rsqrt``, ``sin``, ``cos`` and ``erf`` are called: they exist for CUDA, for HIP and in the
-interpreter, which libdevice does not. To add a primitive, add one line to :data:`RULES`.
+interpreter, which libdevice does not. To add a primitive, add one line to :data:`RULES`, and one to ``SLOPES`` of
+:mod:`.triton_slopes` for its derivative.
 """
 
 from __future__ import annotations
@@ -38,13 +39,19 @@ def activation_function(activation: str, name: str = "activation") -> str:
         Unavailable: it is one, but uses something that has no Triton form.
     """
     tree = ast.parse(Activation(activation).expression, mode="eval").body
-    printer = _Printer()
-    value = printer.visit(tree)
-    if not isinstance(value, str):  # a constant function still has the shape of x
-        value = f"tl.zeros_like(x) + {literal(value)}"
-    # Unparsed, not copied: the text may hold comments and line breaks, which would become code.
-    lines = [f'"""{ast.unparse(tree)}"""', *printer.lines, f"return {value}"]
-    return f"@triton.jit\ndef {name}(x):\n" + "".join(f"    {line}\n" for line in lines)
+    printer = Printer()
+    value = shaped(printer.visit(tree))
+    return function_text(name, ast.unparse(tree), [*printer.lines, f"return {value}"])
+
+
+def shaped(value: Value) -> str:
+    """A value that has the shape of x; a constant has not yet."""
+    return value if isinstance(value, str) else f"tl.zeros_like(x) + {literal(value)}"
+
+
+def function_text(name: str, docstring: str, lines: list[str]) -> str:
+    """A jitted function of x. The docstring is unparsed code: a caller's text may hold comments and line breaks."""
+    return f"@triton.jit\ndef {name}(x):\n" + "".join(f"    {line}\n" for line in [f'"""{docstring}"""', *lines])
 
 
 def literal(number: float) -> str:
@@ -56,7 +63,7 @@ def literal(number: float) -> str:
     return repr(0.0 if abs(number) < _FLOAT32_MIN else float(number))
 
 
-class _Printer:
+class Printer:
     """Walks an expression and keeps a line for each value that it needs."""
 
     def __init__(self) -> None:
@@ -93,34 +100,34 @@ class _Printer:
             raise Unavailable(f"'{ast.unparse(node)}' has no Triton form: {error}") from error
 
 
-def _text(value: Value) -> str:
+def text_of(value: Value) -> str:
     return value if isinstance(value, str) else literal(value)
 
 
-def _infix(sign: str) -> Callable[[_Printer, Value, Value], Value]:
-    return lambda p, a, b: p.let(f"{_text(a)} {sign} {_text(b)}")
+def _infix(sign: str) -> Callable[[Printer, Value, Value], Value]:
+    return lambda p, a, b: p.let(f"{text_of(a)} {sign} {text_of(b)}")
 
 
-def _pick(sign: str) -> Callable[[_Printer, Value, Value], Value]:
-    def rule(p: _Printer, a: Value, b: Value) -> Value:
+def _pick(sign: str) -> Callable[[Printer, Value, Value], Value]:
+    def rule(p: Printer, a: Value, b: Value) -> Value:
         a, b = (a, b) if isinstance(a, str) else (b, a)  # a comparison must have its tensor on the left
-        return p.let(f"tl.where(({a} {sign} {_text(b)}) | ({a} != {a}), {a}, {_text(b)})")  # NaN stays NaN
+        return p.let(f"tl.where(({a} {sign} {text_of(b)}) | ({a} != {a}), {a}, {text_of(b)})")  # NaN stays NaN
 
     return rule
 
 
-def _form(code: str) -> Callable[[_Printer, str], Value]:
+def _form(code: str) -> Callable[[Printer, str], Value]:
     """A rule for one operand ``u`` that is a single line of code."""
     return lambda p, u: p.let(code.replace("{u}", u))
 
 
-def _clamp(p: _Printer, u: str, low: float = -1.0, high: float = 1.0) -> str:
+def _clamp(p: Printer, u: str, low: float = -1.0, high: float = 1.0) -> str:
     # By comparisons, not tl.minimum, which turns NaN into a number and so hides an overflow.
     below = p.let(f"tl.where({u} < {literal(low)}, {literal(low)}, {u})")
     return p.let(f"tl.where({below} > {literal(high)}, {literal(high)}, {below})")
 
 
-def _horner(p: _Printer, variable: str, coefficients: list[float]) -> str:
+def _horner(p: Printer, variable: str, coefficients: list[float]) -> str:
     """c0 + s (c1 + s (c2 + ...)), a line for each coefficient."""
     value = literal(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
@@ -128,7 +135,7 @@ def _horner(p: _Printer, variable: str, coefficients: list[float]) -> str:
     return value
 
 
-def _tanh(p: _Printer, u: str) -> str:
+def _tanh(p: Printer, u: str) -> str:
     # A series near 0, where (1 - e) / (1 + e) loses all relative accuracy; its first missing term is below 1e-8 at 0.25.
     square = p.let(f"{u} * {u}")
     near = p.let(f"{u} * {_horner(p, square, [1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835])}")
@@ -137,13 +144,13 @@ def _tanh(p: _Printer, u: str) -> str:
     return p.let(f"tl.where({square} < 0.0625, {near}, tl.where({u} < 0.0, -{far}, {far}))")
 
 
-def _expm1(p: _Printer, u: str) -> str:
+def _expm1(p: Printer, u: str) -> str:
     # As for tanh: the first missing term is below 1e-8 at 0.3.
     near = p.let(f"{u} * {_horner(p, u, [1 / math.factorial(order) for order in range(1, 8)])}")
     return p.let(f"tl.where(tl.abs({u}) < 0.3, {near}, tl.exp({u}) - 1.0)")
 
 
-def _log1p(p: _Printer, u: str) -> str:
+def _log1p(p: Printer, u: str) -> str:
     # 2 atanh(u / (2 + u)) near 0; the first missing term is below 1e-8 at -0.3.
     s = p.let(f"{u} / (2.0 + {u})")
     square = p.let(f"{s} * {s}")
@@ -151,7 +158,7 @@ def _log1p(p: _Printer, u: str) -> str:
     return p.let(f"tl.where(tl.abs({u}) < 0.3, {near}, tl.log(1.0 + {u}))")
 
 
-def _pow(p: _Printer, u: str, exponent: float) -> str:
+def _pow(p: Printer, u: str, exponent: float) -> str:
     if not isinstance(exponent, float) or not isinstance(u, str):
         raise TypeError("the exponent must be a number")
     if exponent == int(exponent):
@@ -169,40 +176,40 @@ def _pow(p: _Printer, u: str, exponent: float) -> str:
     return p.let(f"tl.exp({literal(exponent)} * tl.log({u}))")  # NaN below 0, as it should be
 
 
-def _softplus(p: _Printer, u: str, beta: float = 1.0, threshold: float = 20.0) -> str:
+def _softplus(p: Printer, u: str, beta: float = 1.0, threshold: float = 20.0) -> str:
     inner = p.let(f"{u} * {literal(beta)}")
     soft = _log1p(p, p.let(f"tl.exp({inner})"))
     return p.let(f"tl.where({inner} > {literal(threshold)}, {u}, {soft} / {literal(beta)})")
 
 
-def _logsigmoid(p: _Printer, u: str) -> str:
+def _logsigmoid(p: Printer, u: str) -> str:
     tail = _log1p(p, p.let(f"tl.exp(-tl.abs({u}))"))
     return p.let(f"tl.where({u} > 0.0, -{tail}, {u} - {tail})")
 
 
-def _gelu_tanh(p: _Printer, u: str) -> str:
+def _gelu_tanh(p: Printer, u: str) -> str:
     # (1 + tanh z) / 2 = sigmoid(2 z): no cancellation.
     z = p.let(f"{u} * ({literal(2 * math.sqrt(2 / math.pi))} + {literal(0.044715 * 2 * math.sqrt(2 / math.pi))} * {u} * {u})")
     return p.let(f"{u} / (1.0 + tl.exp(-{z}))")
 
 
-def _mish(p: _Printer, u: str) -> str:
+def _mish(p: Printer, u: str) -> str:
     # tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2); above 20 it is 1 in float32, and e is kept from overflowing.
     e = p.let(f"tl.exp(tl.minimum({u}, 20.0))")
     n = p.let(f"{e} * ({e} + 2.0)")
     return p.let(f"{u} * ({n} / ({n} + 2.0))")
 
 
-def _leaky_relu(p: _Printer, u: str, slope: float = 0.01) -> str:
+def _leaky_relu(p: Printer, u: str, slope: float = 0.01) -> str:
     return p.let(f"tl.where({u} < 0.0, {u} * {literal(slope)}, {u})")
 
 
-def _elu(p: _Printer, u: str, alpha: float = 1.0, scale: float = 1.0, inner: float = 1.0) -> str:
+def _elu(p: Printer, u: str, alpha: float = 1.0, scale: float = 1.0, inner: float = 1.0) -> str:
     low = _expm1(p, p.let(f"{u} * {literal(inner)}"))
     return p.let(f"tl.where({u} > 0.0, {u} * {literal(scale)}, {low} * {literal(alpha * scale)})")
 
 
-def _hardsigmoid(p: _Printer, u: str) -> str:
+def _hardsigmoid(p: Printer, u: str) -> str:
     return p.let(f"{_clamp(p, p.let(f'{u} + 3.0'), 0.0, 6.0)} * {literal(1 / 6)}")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,6 +159,24 @@ def _triton_experts(x: Tensor, ids: Tensor, weights: Tensor | None, *rest: objec
     return triton_backend.expert_ffn(x, ids, None if weights is None else weights.to(x.dtype), *rest)  # type: ignore[arg-type]
 
 
+def _triton_block(
+    x: Tensor, router_weight: Tensor | None, router_bias: Tensor | None, ids: Tensor | None, weights: Tensor | None,
+    order: Tensor | None, offsets: Tensor | None, *rest: Any,
+) -> Tensor:  # fmt: skip
+    """``moe_ffn`` by Triton kernels, shared experts in the same launches; a router's scores are torch's, in float32."""
+    *tensors, top_k, score, normalise, activation, gated, weight_format = rest
+    if not top_k or weight_format == "int8":  # nothing is routed, or weights are rounded first
+        operands = (x, router_weight, router_bias, ids, weights, order, offsets, *rest)
+        return _reference(*operands, experts=_triton_experts)  # type: ignore[misc]
+    if ids is None:
+        assert router_weight is not None
+        bias = None if router_bias is None else router_bias.float()
+        scores = torch.nn.functional.linear(x.float(), router_weight.float(), bias)
+        ids, weights = triton_backend.route(scores, top_k, score, normalise)
+        weights = None if score == "none" else weights
+    return triton_backend.moe_ffn(x, ids, weights, order, offsets, *tensors, activation=activation, gated=gated)
+
+
 def _moe_ffn(
     x: Tensor,
     router_weight: Tensor | None,
@@ -196,7 +215,7 @@ def _moe_ffn(
             warn_once(f"moe_ffn runs in plain torch operators: {reason}")
     elif backend == "triton":
         try:
-            return _reference(*operands, experts=_triton_experts)
+            return _triton_block(*operands)
         except triton_backend.Unavailable as reason:
             warn_once(f"moe_ffn runs in plain torch operators: {reason}")
     return _reference(*operands)

@@ -3,10 +3,13 @@
     expert_ffn:  y_t = sum_k w_tk (W2_e h + b2_e),  h = act(G_e x_t + bg_e) * (U_e x_t + bu_e),  e = ids_tk
 
 Letters: T tokens, N experts, K chosen, D hidden, I expert width; G = 2 for a gated FFN (gate rows first, then up rows), 1 for
-a plain one. This is the reference implementation, in plain torch operators; generated kernels replace it at lowering.
+a plain one. This is the reference implementation, in plain torch operators. Generated kernels replace it at lowering, and on
+CUDA devices they run in its place, forward and backward, where there are some.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +57,18 @@ def _by_expert(ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     return order, torch.bincount(flat, minlength=experts).tolist()
 
 
+def _generated(name: str, *operands: Any) -> Any:
+    """A function of the generated Triton kernels, which are deterministic; None, and one warning, where there are none."""
+    from .codegen import triton_backend  # here: the reference itself needs no code generation
+    from .lowered import warn_once
+
+    try:
+        return getattr(triton_backend, name)(*operands)
+    except triton_backend.Unavailable as reason:
+        warn_once(f"{name} runs in plain torch operators: {reason}")
+        return None
+
+
 @torch.library.custom_op("moecompile::expert_ffn", mutates_args=())
 def expert_ffn(
     x: Tensor,
@@ -83,6 +98,10 @@ def expert_ffn(
         (T, D), dtype of x.
     """
     _check(x, ids, weights, up, down, gated)
+    if x.is_cuda:
+        y = _generated("expert_ffn", x, ids, weights, up, down, up_bias, down_bias, activation, gated)
+        if y is not None:
+            return y
     tokens, chosen = ids.shape
     experts = up.shape[0]
     if tokens * chosen == 0:
@@ -147,6 +166,11 @@ def expert_ffn_backward(
     Returns:
         The six gradients in that order; those not wanted are empty.
     """
+    if x.is_cuda:
+        grads = _generated("expert_ffn_backward", grad, x, ids, weights, up, down, up_bias, down_bias, activation, gated, needs)
+        if grads is not None:
+            first, *others = (x.new_empty(_EMPTY) if g is None else g for g in grads)
+            return (first, *others)  # type: ignore[return-value]
     tokens, chosen = ids.shape
     experts, width = up.shape[0], down.shape[2]
     act, wide = Activation(activation), _accumulator(x)

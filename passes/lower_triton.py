@@ -11,7 +11,7 @@ from .nodes import site_of, tensor_of
 
 
 class LowerTriton:
-    """Choose the generated Triton kernels for the routed experts; shared experts and the router stay matrix products there."""
+    """Choose the generated Triton kernels for routed and shared experts; a router's scores stay a matrix product there."""
 
     name = "lower_triton"
     requires = frozenset({"moe_ffn"})

@@ -24,7 +24,7 @@ from moecompile.evaluate import perplexity
 from moecompile.text import evaluation_windows
 
 WINDOW = 32
-COMMANDS = ("explain", "convert", "tune", "eval", "generate", "report")
+COMMANDS = ("explain", "convert", "tune", "eval", "generate", "report", "codegen", "autotune")
 CALIBRATED = ("--calibration-window", WINDOW, "--calibration-tokens", 256)
 Run = Callable[..., Any]
 

@@ -27,12 +27,12 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The whole command line."""
     from ..version import __version__
-    from . import convert, evaluate, explain, generate, report, tune
+    from . import autotune, codegen, convert, evaluate, explain, generate, report, tune
 
     top = Parser(prog="moecompile", description="Turn a dense transformer into a Mixture-of-Experts.")
     top.add_argument("--version", action="version", version=f"moecompile {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (explain, convert, tune, evaluate, generate, report):
+    for module in (explain, convert, tune, evaluate, generate, report, codegen, autotune):
         module.add(commands)
     return top
 

@@ -1,0 +1,157 @@
+"""Launch constants of generated Triton files: what a spec gets where nothing was tuned, and what may be tuned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .triton_spec import TritonSpec
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch constants of the grouped products, for tiles of ``block_m`` tokens of one expert.
+
+    Attributes:
+        block_n: columns of a product; a gated first product has block_n / 2 gates and as many ups.
+        block_k: elements of a row that are multiplied at a time.
+        group: tiles that go through all columns together.
+        warps, stages: of a program.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Launch constants of the products of single tokens: rows and elements of a row that a program reads at a time."""
+
+    block_n: int
+    block_k: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Constants:
+    """All launch constants of one file, and why they are what they are.
+
+    Attributes:
+        tiles: one for each height of a tile, rising.
+        rank_limit: pairs up to which the generated counting sort orders them, instead of torch's sort.
+        why: reasons, a line each.
+        back_tiles: as tiles, for the gradients of pre-activations and of x; block_n neurons, gate and up apart.
+        weights: of the gradients of the weights; block_m and block_n rows and columns of a matrix, block_k pairs at a time.
+        back_why: reasons, a line each.
+    """
+
+    tiles: tuple[Tiles, ...]
+    pairs: Pairs
+    sum_block: int
+    rank_limit: int
+    why: tuple[str, ...]
+    back_tiles: tuple[Tiles, ...]
+    weights: Tiles
+    back_why: tuple[str, ...]
+
+
+_TILES = {
+    2: (Tiles(16, 128, 64, 8, 4, 4), Tiles(64, 128, 64, 8, 4, 4), Tiles(128, 128, 64, 8, 8, 3)),
+    4: (Tiles(16, 64, 32, 8, 4, 3), Tiles(64, 64, 32, 8, 4, 3)),
+}
+_WHY = {
+    2: "128 x 128 x 64: 64 registers of sums per thread; with its stages 96 KB, which consumer cards have, too.",
+    4: "64 x 64 x 32: exact float32 has no tensor cores; few sums per thread, against spills (gfx1100 spills).",
+}
+# A program of rank_pairs reads all pairs twice, 1024 at a time: 8 steps here. From there on a radix sort, which spreads over
+# the device, should be faster; where they meet has not been measured.
+_RANK_LIMIT = 8192
+
+
+def heuristic(spec: TritonSpec) -> Constants:
+    """The launch constants of a spec for which nothing was tuned. NOT MEASURED: reasoned, and checked for spills."""
+    size = spec.element_bytes
+    tiles = [_fitted(spec, tile) for tile in _TILES[size]]
+    why = (
+        "NOT TUNED, only reasoned, and compiled without spills for its target.",
+        "tiles: the smallest that holds an expert's share if tokens spread evenly, so that weights are read once.",
+        _WHY[size],
+        "16 rows is the least that tensor cores take; 64 the least for Hopper's and one warp group.",
+        "GROUP = 8: 8 x 128 tokens of D = 4096 are 8 MB, a part of L2.",
+        "PAIRS: four 16-byte loads in flight per thread; bandwidth is all that counts there, as in SUM.",
+        "MAP: few experts have more than 128 tiles; one warp has little to do.",
+    )
+    # Three products are alive at once; 64 x 64 of each spill in float32, and on gfx1100 in 16 bits too.
+    columns = 64 if size == 2 and spec.target.backend == "cuda" else 32
+    depth, rows = 32, 64
+    if size == 4 and spec.target.backend == "hip":
+        depth, rows, columns = 16, 32, 16  # exact float32 products hold both operands in registers there
+    back = tuple(replace(_fitted(spec, replace(tile, block_n=columns, stages=3)), block_k=depth) for tile in tiles)
+    if spec.target.backend == "hip" and spec.target.lanes == 32:  # gfx1100 spills with four warps of 32
+        back = tuple(replace(tile, warps=8) if tile.block_m > 16 else tile for tile in back)
+        back = tuple(replace(tile, block_n=16) if tile.block_m > 64 else tile for tile in back)
+    weights = replace(_fitted(spec, Tiles(rows, rows, 32, 1, 4, 3)), block_k=depth)
+    back_why = (
+        "NOT TUNED: few columns, for three products are alive at once; 64 x 64 of a weight's gradient, as sums take turns.",
+    )
+    pairs = Pairs(16, 512 // size, 4)
+    return Constants(tuple(tiles), pairs, 2048 // size, _RANK_LIMIT, why, back, weights, back_why)
+
+
+def tuned(spec: TritonSpec, tiles: dict[int, Tiles], pairs: Pairs | None, source: str) -> Constants:
+    """The heuristic with some constants replaced by measured ones; source says where they were measured."""
+    base = heuristic(spec)
+    chosen = tuple(tiles.get(tile.block_m, tile) for tile in base.tiles)
+    heights = ", ".join(str(height) for height in sorted(tiles))
+    why = (f"measured ({source}): tiles of {heights or 'no'} rows{' and PAIRS' if pairs else ''}; the others:", *base.why)
+    return replace(base, tiles=chosen, pairs=pairs or base.pairs, why=why)
+
+
+def _fitted(spec: TritonSpec, tile: Tiles) -> Tiles:
+    """What a device and a format ask of a tile."""
+    if spec.target.backend == "hip":
+        # 64 KB of shared memory; 2-byte elements with BLOCK_K = 64 spill on gfx1100 (its compiler says so).
+        tile = replace(tile, block_k=32, stages=2)
+        if spec.quantised and tile.block_m > 16:
+            tile = replace(tile, block_n=64)  # 128 columns of 8-bit weights spill on gfx1100
+    if spec.group_size:
+        tile = replace(tile, block_k=math.gcd(tile.block_k, spec.group_size))
+    return tile
+
+
+def tile_space(spec: TritonSpec, block_m: int) -> Iterator[Tiles]:
+    """Tiles of one height worth compiling: the heuristic first, then variations of each constant.
+
+    Pruned by what is known without compiling: shared memory (stages of both operands in at most 227 KB on cc 9.0 and 10.0,
+    99 KB on other CUDA devices, 64 KB on AMD's) and registers (sums take at most 128 of a thread's 255).
+    """
+    base = next(tile for tile in heuristic(spec).tiles if tile.block_m == block_m)
+    yield base
+    room = 65536 if spec.target.backend == "hip" else 232448 if spec.target.arch in (90, 100) else 101376
+    for block_n in (64, 128, 256):
+        for block_k in (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (2, 3, 4, 5) if spec.target.backend == "cuda" else (1, 2):
+                    tile = replace(base, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
+                    shared = (block_m + block_n) * block_k * spec.element_bytes * max(stages - 1, 1)
+                    sums = block_m * block_n // (warps * spec.target.lanes)
+                    fits = shared <= room and sums <= 128 and not (spec.group_size and spec.group_size % block_k)
+                    if fits and tile != base:
+                        yield tile
+
+
+def pairs_space(spec: TritonSpec) -> Iterator[Pairs]:
+    """Constants of the products of single tokens that are worth measuring; the heuristic first."""
+    base = heuristic(spec).pairs
+    yield base
+    for block_n in (4, 8, 16, 32):
+        for block_k in (128, 256, 512, 1024):
+            for warps in (2, 4, 8):
+                pairs = Pairs(block_n, block_k, warps)
+                if 16 <= block_n * block_k // (warps * spec.target.lanes) <= 64 and pairs != base:
+                    yield pairs
