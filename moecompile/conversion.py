@@ -20,6 +20,7 @@ from .checkpoint import adopt
 from .costs import dense_costs, moe_costs
 from .diagnose import layer_rows
 from .errors import CaptureError, InputError, MatchError, PlanError
+from .front import deciding, front_of
 from .match import Match, Matched, match
 from .parity import check_parity, check_routing, evaluating
 from .passes import SplitFFN, run_passes
@@ -242,9 +243,13 @@ def _measure(
 
     def bare_block(number: int, found: Match) -> MoEFFN:
         planned = bare.sites[number]
-        return build_block(planned, bare.site_tensors(planned.site.name), DenseFFN.read(planned.site, dense))
+        block = build_block(planned, bare.site_tensors(planned.site.name), DenseFFN.read(planned.site, dense))
+        front = front_of(module)
+        if front is not None:
+            block.connect(front.routing, number)
+        return block
 
-    with evaluating(dense):
+    with evaluating(dense), deciding(module, samples):
         return layer_rows(
             captured, matched.matches, lambda number, found: blocks.get(block_path(found, number)), samples, bare_block
         )
@@ -279,6 +284,8 @@ def _matched_by(the_plan: MoEPlan, matched: Matched) -> Matched:
 
 def _assemble(model: nn.Module, captured: Captured, matched: Matched, the_plan: MoEPlan, form: str, inplace: bool) -> nn.Module:
     blocks = build_blocks(model, the_plan)
+    if form == "graph" and the_plan.pregate is not None:
+        raise MatchError("a router at the front goes into the live module; form='graph' has no place for it yet")
     if form == "graph":
         for block in blocks:
             block.train(model.training)
