@@ -91,8 +91,8 @@ class HoistRouter:
         notes = [f"{_listed(sites)}: {reason}; it needs a trained pre-gating router" for reason, sites in reasons.values()]
         count = _to_the_front(result.graph, [topk for topk, _ in kept])
         count += _merge_equal(result.graph, [topk for topk, _ in kept])
-        merged, more = _one_topk(result.graph, list(dict.fromkeys(topk for topk, _ in _by_choice(_readers(result.graph)) if topk)),
-                                 {topk for topk, _ in kept}, self.name)  # fmt: skip
+        left = dict.fromkeys(topk for topk, _ in _by_choice(_readers(result.graph)) if topk is not None)
+        merged, more = _one_topk(result.graph, [topk for topk in left if topk in {each for each, _ in kept}], self.name)
         if count + merged == 0:
             return PassResult(graph_module, 0, tuple(notes + more))
         result.recompile()
@@ -299,9 +299,8 @@ def _key(node: Node) -> Any:
     return key
 
 
-def _one_topk(graph: Graph, topks: list[Node], allowed: set[Node], step: str) -> tuple[int, list[str]]:
+def _one_topk(graph: Graph, topks: list[Node], step: str) -> tuple[int, list[str]]:
     """Different top-ks over as many experts: their scores stacked, one top-k, a view for each; (how many went, notes)."""
-    topks = [topk for topk in topks if topk in allowed and not topk._erased]
     if len(topks) < 2:
         return 0, []
     shapes = [tensor_of(topk.args[0]) for topk in topks]

@@ -1,4 +1,4 @@
-"""The router at the front: what it decides, that both caches give what the whole prefix gives, and that it survives a folder."""
+"""The router at the front: what it decides, both caches against the whole prefix, save and load."""
 
 from __future__ import annotations
 

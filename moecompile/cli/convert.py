@@ -60,7 +60,9 @@ def add(commands: Any) -> None:
     )
     sub.add_argument("--ranking", choices=("activation", "output"), help="recipe read-me: neurons by |a|, or by |a| |w|")
     sub.add_argument("--own-table", action="store_const", const=True, help="recipe read-me: the router's own embedding table")
-    sub.add_argument("--router-steps", type=int, metavar="N", help="recipe read-me: training steps of the router (default: 400)")
+    sub.add_argument(
+        "--router-steps", type=int, metavar="N", help="recipe read-me: training steps of the router (default: 400)"
+    )
     sub.add_argument(
         "--plain-statistics", action="store_const", const=True, help="recipe flap: all tokens alike, as in the paper"
     )
@@ -93,11 +95,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     """
     kind = RECIPES[options.recipe]
     names = {field.name for field in fields(kind)}
-    given = {
-        name: getattr(options, name)
-        for name in _SETTINGS
-        if getattr(options, name) is not None
-    }
+    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
     for name in given:
         if name not in names:
             raise InputError(f"--{name.replace('_', '-')} has no meaning for the recipe '{options.recipe}'")

@@ -199,7 +199,12 @@ def _router(recipe: ReadMe, context: Context, members: list[Tensor]) -> tuple[Pr
         torch.manual_seed(context.seed)
         router = PreGatingRouter(spec).to(table.device)
         learnt = distil(
-            router, embedder(model, recipe.own_table), targets, recipe.distillation, seed=context.seed, progress=context.progress
+            router,
+            embedder(model, recipe.own_table),
+            targets,
+            recipe.distillation,
+            seed=context.seed,
+            progress=context.progress,
         )
     if "agreement" in learnt:
         context.progress.say(
