@@ -2,9 +2,9 @@
 
     target(t) = softmax over experts of the overlap |M0(t) ∩ M_i| / temperature,    loss = KL(target || softmax(scores))
 
-M0(t) holds the neurons that the dense model activates most on token t (the top half by |activation|), M_i those of expert i. With
-aligned ids the overlaps of all layers are summed. Read-ME (arXiv 2410.19123), section 3.2. The router sees token t itself and what
-stands before it: at decode time the token is known before layer 0 runs, so the target is that of the same position.
+M0(t) holds the neurons that the dense model activates most on token t (the top half by |activation|), M_i those of expert i.
+With aligned ids the overlaps of all layers are summed. Read-ME (arXiv 2410.19123), section 3.2. The router sees token t itself
+and what stands before it: at decode time the token is known before layer 0 runs, so the target is that of the same position.
 
 Targets are computed once and kept as 16-bit counts; training then reads embeddings and counts alone.
 """
@@ -222,7 +222,7 @@ def distil(
         targets: from :func:`collect_targets`.
         options: how.
         seed: of the order of the windows. Step n reads the same windows whether or not the training was interrupted.
-        state: a file that holds parameters and optimizer every ``save_every`` steps; training goes on from it where it is there.
+        state: a file that holds parameters and optimizer every ``save_every`` steps; an existing one is gone on from.
         progress: shows the steps.
 
     Returns:

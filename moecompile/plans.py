@@ -280,8 +280,8 @@ class MoEPlan:
         for plan in readers:
             if len(plan.experts) - plan.spare != self.pregate.experts:
                 raise PlanError(
-                    f"site {plan.site.name}: {len(plan.experts) - plan.spare} experts can be chosen, and the router at the front "
-                    f"scores {self.pregate.experts}"
+                    f"site {plan.site.name}: {len(plan.experts) - plan.spare} experts can be chosen, and the router at the "
+                    f"front scores {self.pregate.experts}"
                 )
         for name, tensor in self.site_tensors(KIND).items():
             if not torch.isfinite(tensor).all():

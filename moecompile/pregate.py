@@ -69,7 +69,7 @@ class PreGateSpec:
             PlanError: it is not readable.
         """
         try:
-            kinds = {"rope_theta": float, "eps": float}
+            kinds: dict[str, Any] = {"rope_theta": float, "eps": float}
             return cls(**{name: kinds.get(name, int)(value) for name, value in data.items()})
         except (TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"the plan's pre-gating router is not readable ({type(error).__name__}: {error})") from error

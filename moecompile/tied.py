@@ -23,8 +23,8 @@ from .block import MoEFFN
 def tied_experts(model: nn.Module) -> Iterator[int]:
     """Within the block, backward passes sum the gradients of copies; blocks whose experts do not overlap are left alone.
 
-    Gradients of the copies are summed when each parameter's gradient has been accumulated, so for several backward passes before
-    one optimizer step use :func:`sum_copies` before that step instead.
+    Gradients of the copies are summed when each parameter's gradient has been accumulated, so for several backward passes
+    before one optimizer step use :func:`sum_copies` before that step instead.
 
     Yields:
         How many parameters are tied.
@@ -47,7 +47,7 @@ def tied_experts(model: nn.Module) -> Iterator[int]:
 
 @torch.no_grad()
 def sum_copies(model: nn.Module) -> int:
-    """Give every copy of a neuron the sum of the copies' gradients, once, before an optimizer step; returns how many parameters."""
+    """Give every copy of a neuron the sum of the copies' gradients, once, before a step; returns how many parameters."""
     count = 0
     for block in moe_blocks(model).values():
         for name, parameter in _stored_by_neuron(block):

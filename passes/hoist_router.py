@@ -1,10 +1,10 @@
 """Hoist routers:  ids_l = topk(s_l(front), k) in each layer l  ->  ids = topk(stack(s_1 .. s_L), k) above the first layer,
 ids_l = ids[:, l].
 
-A router may stand at the front when what it reads is known there: neither the tokens x of any expert FFN nor the output of one is
-among what its choice depends on, so that placeholders and parameters alone decide. Equal routers become one; different ones keep
-their scores, are stacked, and share one top-k. A router of a layer's own hidden state can only be replaced, by a trained one that
-reads token ids (Read-ME, arXiv 2410.19123).
+A router may stand at the front when what it reads is known there: neither the tokens x of any expert FFN nor the output of one
+is among what its choice depends on, so that placeholders and parameters alone decide. Equal routers become one; different ones
+keep their scores, are stacked, and share one top-k. A router of a layer's own hidden state can only be replaced, by a trained
+one that reads token ids (Read-ME, arXiv 2410.19123).
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class HoistRouter:
         self.router = router
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
-        """The graph with one top-k for all layers whose routers could be hoisted or replaced; the reason for each that could not."""
-        if not _readers(graph_module.graph):
+        """The graph with one top-k for all layers whose routers could be hoisted or replaced; for the others the reason."""
+        if not readers_of(graph_module.graph):
             return PassResult(graph_module, 0)
         result = clone(graph_module)
-        readers = _readers(result.graph)
+        readers = readers_of(result.graph)
         kept: list[tuple[Node, list[Reader]]] = []
         reasons: dict[str, tuple[str, list[str]]] = {}
         changed = written(result.graph)
@@ -91,7 +91,7 @@ class HoistRouter:
         notes = [f"{_listed(sites)}: {reason}; it needs a trained pre-gating router" for reason, sites in reasons.values()]
         count = _to_the_front(result.graph, [topk for topk, _ in kept])
         count += _merge_equal(result.graph, [topk for topk, _ in kept])
-        left = dict.fromkeys(topk for topk, _ in _by_choice(_readers(result.graph)) if topk is not None)
+        left = dict.fromkeys(topk for topk, _ in _by_choice(readers_of(result.graph)) if topk is not None)
         merged, more = _one_topk(result.graph, [topk for topk in left if topk in {each for each, _ in kept}], self.name)
         if count + merged == 0:
             return PassResult(graph_module, 0, tuple(notes + more))
@@ -145,7 +145,7 @@ class HoistRouter:
         return tokens.new_empty(shape, dtype=torch.float32)
 
 
-def _readers(graph: Graph) -> list[Reader]:
+def readers_of(graph: Graph) -> list[Reader]:
     """The routed FFNs of a graph in order, in either form; those with a router inside have nothing to hoist."""
     found = []
     for node in graph.nodes:
@@ -407,7 +407,7 @@ def _listed(sites: list[str]) -> str:
 
 def hoisted(graph_module: GraphModule) -> bool:
     """Whether one top-k decides for every routed FFN of a graph."""
-    choices = {choice_of(reader.ids) for reader in _readers(graph_module.graph)}
+    choices = {choice_of(reader.ids) for reader in readers_of(graph_module.graph)}
     return len(choices) == 1 and None not in choices
 
 

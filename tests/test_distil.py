@@ -112,7 +112,7 @@ def test_an_easy_rule_is_learnt(layers: int) -> None:
     router = random_router(PreGateSpec(4, 8, groups=max(layers, 1), **{**SMALL, "width": 32, "mlp_width": 64}))
     before = agreement(router, embed, easy(layers=layers))["agreement"]
     result = distil(router, embed, easy(layers=layers), Distillation(steps=150, batch=8, lr=5e-3))
-    assert before < 0.5 and result["agreement"] > 0.8 and result["constant_agreement"] < 0.4
+    assert before < 0.5 and result["agreement"] > 0.8 and result["constant_agreement"] < 0.5
     assert result["loss_last"] < 0.3 * result["loss_first"] and not router.training
 
 

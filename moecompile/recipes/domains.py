@@ -1,9 +1,9 @@
 """Domain experts: which neurons each domain of text uses most, layer by layer (Read-ME, arXiv 2410.19123, section 3.1).
 
-    M_i = the d neurons of the largest mean |a_j| over domain i;  shared = M_1 ∩ ... ∩ M_n;  expert i = M_i without the shared ones
+    M_i = the d neurons of the largest mean |a_j| over domain i;  shared = M_1 ∩ ... ∩ M_n;  expert i = M_i - shared
 
-All M_i have d neurons, so all experts have one width. Neurons of no mask go into spare experts that no router chooses, so that all
-experts on is still the dense model.
+All M_i have d neurons, so all experts have one width. Neurons of no mask go into spare experts that no router chooses, so that
+all experts on is still the dense model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def domain_strengths(context: Context, ranking: str) -> tuple[list[Tensor], list
     """
     stream = Stream(context.captured, context.matches, context.batches)
     strengths, sinks = [], []
-    for number, (match, inputs) in enumerate(context.progress.over(stream, "domain statistics", len(context.matches))):
+    for match, inputs in context.progress.over(stream, "domain statistics", len(context.matches)):
         dense = DenseFFN.read(match.site, context.captured.module)
         scale = dense.down.float().norm(dim=0)
         total = torch.zeros(len(context.domains), match.site.intermediate_size)

@@ -8,7 +8,7 @@ activates (distil.py), and the down projections are refitted for what the router
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class ReadMe(Recipe):
     router_heads: int = 4
     router_mlp: int = 512
     own_table: bool = False
-    distillation: Distillation = Distillation()
+    distillation: Distillation = field(default_factory=Distillation)
 
     @property
     def name(self) -> str:
@@ -92,8 +92,8 @@ class ReadMe(Recipe):
         else:
             if (self.experts, self.shared, self.top_k) != (None, None, None):
                 raise PlanError(
-                    "read-me makes one expert per --calibration file and chooses one: take --active-fraction, or --disjoint with "
-                    "--experts, --shared and --top-k"
+                    "read-me makes one expert per --calibration file and chooses one: take --active-fraction, or --disjoint "
+                    "with --experts, --shared and --top-k"
                 )
             check_fraction(self.fraction)
         if self.ranking not in RANKINGS:
