@@ -7,6 +7,7 @@ said in one sentence, with the command that fills it.
     text       values as text           evaluations   like with like
     charts     inline SVG               blocks        what a section is made of
     quality    measured sections        facts         sections of facts
+    routing    which token goes where
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .blocks import EVAL, Section
 from .evaluations import Evaluation, Group, collect, groups, headline
 from .facts import costs, sites
 from .quality import perplexities, reconstruction, usage
+from .routing import routing
 from .text import as_mapping, finite, numeric, plain
 
 __all__ = ["render"]
@@ -55,6 +57,7 @@ def render(record: Mapping[str, Any], *, plan: object = None, comparisons: Seque
         perplexities(rows, grouped),
         sites(record),
         usage(record),
+        *([found] if (found := routing(record)) is not None else []),
         reconstruction(record),
         costs(record),
     ]
