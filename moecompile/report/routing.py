@@ -127,7 +127,7 @@ def _locality(found: Mapping[str, Any]) -> Block | None:
     columns = ("site", *(f"within {plain(d)}" for d in distances[: widest - 1]))
     table = Table("Share of choices made again within so many tokens", columns, rows, frozenset(range(1, widest)))
     sentence = (
-        f"A cache of experts lives on choices that last. (Read-ME reports {text.percent(PAPER_KEPT)} of consecutive tokens with "
-        "the same one of 7 experts, and 20.8% for Mixtral.)"
+        f"A cache of experts lives on choices that last. (Read-ME reports {text.percent(PAPER_KEPT)} of consecutive tokens "
+        "with the same one of 7 experts, and 20.8% for Mixtral.)"
     )
     return Block("How long a choice lasts", sentence, chart, [table])
