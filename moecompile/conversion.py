@@ -233,7 +233,7 @@ def convert_with_record(
     if isinstance(plan_or_recipe, MoEPlan):
         the_plan = plan_or_recipe
         the_plan.validate()
-        matched = _matched_by(the_plan, matched)
+        matched = matches_of(the_plan, matched)
     else:
         the_plan = _plan(captured, matched.matches, plan_or_recipe, data, seed, progress)
     the_plan = the_plan.with_exact(keep_exact)
@@ -288,7 +288,7 @@ def _refuse_graph_only(matched: Matched, form: str) -> None:
             )
 
 
-def _matched_by(the_plan: MoEPlan, matched: Matched) -> Matched:
+def matches_of(the_plan: MoEPlan, matched: Matched) -> Matched:
     """The matches that a plan speaks of, in the plan's order.
 
     Raises:

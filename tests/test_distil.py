@@ -29,6 +29,7 @@ from moecompile.match import match
 from moecompile.pregate import PreGateSpec
 from moecompile.recipes import ReadMe
 from moecompile.sites import DenseFFN
+from moecompile.teaching import distil_front, router_targets
 from moecompile.tied import largest_gap, sum_copies, tied_experts
 
 TABLE = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
@@ -211,3 +212,22 @@ def test_the_sum_is_the_gradient_of_one_weight() -> None:
     assert sum_copies(model) == 1
     expected = weight.grad[index].transpose(1, 2)
     torch.testing.assert_close(block.experts.down_proj.grad * real, expected * real)
+
+
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_a_converted_model_is_taught_on(disjoint: bool) -> None:
+    """In bfloat16: the router changes, nothing else does, and agreement on the training text rises."""
+    data = {f"d{n}": [{"input_ids": tokens(4, 16, n) % 20 + 20 * n + 1} for _ in range(2)] for n in range(3)}
+    dense = dense_model()
+    changes: dict[str, Any] = {"disjoint": True, "experts": 6, "shared": 2, "top_k": 2} if disjoint else {}
+    recipe = ReadMe(distillation=Distillation(steps=0), router_width=16, router_heads=2, router_mlp=16, **changes)
+    moe = moecompile.convert(dense, recipe, data).to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    targets = router_targets(moe, dense, [batch for part in data.values() for batch in part])
+    first = distil_front(moe, targets, Distillation(steps=0))["agreement"]
+    learnt = distil_front(moe, targets, Distillation(steps=80, batch=8, lr=5e-3))
+    assert learnt["agreement"] > first + 0.1
+    changed = {name for name, tensor in moe.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith("pregate.router.") for name in changed)
+    with pytest.raises(InputError, match="no pre-gating router"):
+        router_targets(dense, dense, [])

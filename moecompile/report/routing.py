@@ -20,7 +20,7 @@ def routing(record: Mapping[str, Any]) -> Section | None:
     training, found = as_mapping(record.get("router_training")), as_mapping(record.get("routing"))
     if not training and not found:
         return None
-    blocks = [_training(training)] if training else []
+    blocks: list[Block | None] = [_training(training)] if training else []
     if not found:
         blocks.append(Block(missing="The routing over a text has not been measured yet", command=MEASURE))
     else:
