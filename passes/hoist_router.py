@@ -215,6 +215,9 @@ def _refusal(topk: Node, readers: list[Reader], changed: frozenset[Node]) -> tup
         for x in (reader.x, through_reshapes(reader.x)):
             if x in depends and x.op != "placeholder":
                 return "hidden", f"the router reads a hidden state, node {x.name}, the input of its own layer"
+    region = next((n for n in topk.graph.nodes if getattr(n.target, "__name__", "") == "_enter_autocast"), None)
+    if region is not None:
+        return "moved", f"node {region.name}: an autocast region, out of which nothing may be moved"
     if depends & changed:
         return "written", f"node {min(n.name for n in depends & changed)}: what the router reads is changed in place"
     for node in depends:
