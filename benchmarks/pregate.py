@@ -76,7 +76,7 @@ def main() -> None:
         some, whose = [batches[number] for number in few], tuple(domain_of[number] for number in few)
         sites = _aligned_sites(recipe, Context(captured, matches, some, progress, 0, names, whose))
     say(f"experts: {time.perf_counter() - start:.0f} s")
-    members = [membership(s.experts[: len(s.experts) - s.spare], s.site.intermediate_size) for s in sites]
+    members = [membership(s.choosable, s.site.intermediate_size) for s in sites]
     targets = collect_targets(captured, matches, batches, members, aligned=True, progress=progress)
     say(f"training targets: {time.perf_counter() - start:.0f} s")
     unseen = collect_targets(

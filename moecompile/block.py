@@ -60,6 +60,11 @@ class BlockSpec:
     overlap: bool = False
     spare: int = 0
 
+    @property
+    def choosable(self) -> int:
+        """How many experts a router chooses among."""
+        return self.experts - self.spare
+
 
 class SharedExpert(nn.Module):
     """The neurons that are always on: a plain or gated FFN without output bias."""
@@ -226,10 +231,10 @@ class MoEFFN(nn.Module):
             raise PlanError(f"top_k is {k}, but this block has no router: only 0 or {self.spec.experts} can be had")
         if self.spec.overlap and k > 1:
             raise PlanError(f"top_k is {k}, but the experts overlap: only 0, 1 or {self.spec.experts} can be had")
-        if k > self.spec.experts - self.spec.spare:
+        if k > self.spec.choosable:
             raise PlanError(
-                f"top_k is {k}, but the router chooses among {self.spec.experts - self.spec.spare}: at most that, or "
-                f"all {self.spec.experts}, can be had"
+                f"top_k is {k}, but the router chooses among {self.spec.choosable}: at most that, or all {self.spec.experts}, "
+                "can be had"
             )
 
     def choose(self, x: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:

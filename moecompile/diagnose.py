@@ -72,5 +72,5 @@ def _usage(block: MoEFFN, x: torch.Tensor) -> list[float]:
     if not block.routes or not 0 < block.top_k < block.spec.experts:
         return []
     ids, _ = block.choose(x)
-    counts = torch.bincount(ids.reshape(-1), minlength=block.spec.experts)
+    counts = torch.bincount(ids.reshape(-1), minlength=block.spec.choosable)
     return [round(float(count) / len(x), 5) for count in counts]

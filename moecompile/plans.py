@@ -100,12 +100,21 @@ class SitePlan:
         return max((len(expert) for expert in self.experts), default=0)
 
     @property
+    def choosable(self) -> tuple[tuple[int, ...], ...]:
+        """The experts that a router chooses among: all but the spare ones."""
+        return self.experts[: len(self.experts) - self.spare]
+
+    @property
     def active_neurons(self) -> float:
-        """Neurons computed per token: the shared ones and K experts of mean size (all of them: each neuron once)."""
-        if self.top_k == len(self.experts):
+        """Neurons computed per token."""
+        return self.active_at(self.top_k)
+
+    def active_at(self, top_k: int) -> float:
+        """Neurons computed per token with so many experts of mean size, the shared ones included; each once where all are on."""
+        if top_k == len(self.experts):
             return float(self.site.intermediate_size)
-        chosen = self.experts[: len(self.experts) - self.spare]
-        return len(self.shared) + (sum(map(len, chosen)) * self.top_k / len(chosen) if chosen else 0.0)
+        chosen = self.choosable
+        return len(self.shared) + (sum(map(len, chosen)) * top_k / len(chosen) if chosen else 0.0)
 
     def block_spec(self) -> BlockSpec:
         """The shape of this site's block."""
@@ -278,9 +287,9 @@ class MoEPlan:
         if self.pregate.groups not in (1, len(self.sites)):
             raise PlanError(f"the router at the front decides for {self.pregate.groups} layers; the plan has {len(self.sites)}")
         for plan in readers:
-            if len(plan.experts) - plan.spare != self.pregate.experts:
+            if len(plan.choosable) != self.pregate.experts:
                 raise PlanError(
-                    f"site {plan.site.name}: {len(plan.experts) - plan.spare} experts can be chosen, and the router at the "
+                    f"site {plan.site.name}: {len(plan.choosable)} experts can be chosen, and the router at the "
                     f"front scores {self.pregate.experts}"
                 )
         for name, tensor in self.site_tensors(KIND).items():

@@ -122,7 +122,7 @@ def routing_record(model: nn.Module, windows: Tensor, pieces: Sequence[str], tex
     names = list(found)
     layers, pairs = [], []
     for name, chosen in found.items():
-        count = blocks[name].spec.experts
+        count = blocks[name].spec.choosable
         layers.append(
             {
                 "site": name,
@@ -132,8 +132,8 @@ def routing_record(model: nn.Module, windows: Tensor, pieces: Sequence[str], tex
             }
         )
     for here, there in pairwise(names):
-        count = blocks[here].spec.experts
-        if blocks[there].spec.experts != count:
+        count = blocks[here].spec.choosable
+        if blocks[there].spec.choosable != count:
             continue
         joint = transitions(found[here], found[there], count)
         own = entropy(joint.sum(0))
@@ -152,7 +152,7 @@ def routing_record(model: nn.Module, windows: Tensor, pieces: Sequence[str], tex
     shown = None
     if middle is not None:
         first, second = str(middle["from"]), str(middle["to"])
-        joint = transitions(found[first], found[second], blocks[first].spec.experts)
+        joint = transitions(found[first], found[second], blocks[first].spec.choosable)
         rows = joint / joint.sum(1, keepdim=True).clamp_min(1e-12)
         shown = {"from": first, "to": second, "rows": [[round(float(v), 4) for v in row] for row in rows]}
     aligned = all(torch.equal(found[name], found[names[0]]) for name in names[1:])

@@ -41,7 +41,7 @@ def router_targets(
         raise InputError("the model has no pre-gating router to teach")
     captured, matched = find_ffns(dense)
     matches = matches_of(plan, matched).matches
-    members = [membership(s.experts[: len(s.experts) - s.spare], s.site.intermediate_size) for s in plan.sites]
+    members = [membership(s.choosable, s.site.intermediate_size) for s in plan.sites]
     with evaluating(dense):
         return collect_targets(
             captured, matches, list(batches), members, aligned=front.router.spec.groups == 1, active=active, progress=progress

@@ -200,9 +200,11 @@ def test_command(dense_folder: Path, texts: list[Path], tmp_path: Path, capsys: 
     assert main([*arguments, "--json", "--quiet"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["router"] == "pregate" and record["domains"] == ["domain0", "domain1", "domain2"]
+    assert record["experts"] == 3 and all(len(row["fraction"]) == 3 for row in record["usage"])
     assert record["active_fraction"] == pytest.approx(0.5) and 0 <= record["router_training"]["agreement"] <= 1
     assert main(["eval", str(out), "--text", str(texts[0]), "--window", "32", "--max-windows", "2", "--json", "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["perplexity"] > 1 and evaluated["active_fraction"] == pytest.approx(0.5)
     assert main(["generate", str(out), "--prompt", "the router", "--max-new-tokens", "4", "--json", "--quiet"]) == 0
     assert main(["report", str(out), "--quiet"]) == 0
 

@@ -112,7 +112,7 @@ def plan_read_me(recipe: ReadMe, context: Context) -> MoEPlan:
     if reason:
         raise MatchError(f"read-me has a router that reads token ids before the first layer: {reason}")
     sites = _disjoint_sites(recipe, context) if recipe.disjoint else _aligned_sites(recipe, context)
-    members = [membership(s.experts[: len(s.experts) - s.spare], s.site.intermediate_size) for s in sites]
+    members = [membership(s.choosable, s.site.intermediate_size) for s in sites]
     router, learnt = _router(recipe, context, members)
     tensors: dict[str, Tensor] = {}
     if recipe.compensation != "none":
