@@ -110,7 +110,7 @@ class SitePlan:
         return self.active_at(self.top_k)
 
     def active_at(self, top_k: int) -> float:
-        """Neurons computed per token with so many experts of mean size, the shared ones included; each once where all are on."""
+        """Neurons computed per token with so many experts of mean size and the shared ones; each once where all are on."""
         if top_k == len(self.experts):
             return float(self.site.intermediate_size)
         chosen = self.choosable
