@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .block import MoEFFN
 from .errors import InputError, MatchError, PlanError
+from .front import attach
 from .plans import BIAS, DOWN, MEANS, ROUTER, MoEPlan, SitePlan
 from .sites import DenseFFN
 
@@ -46,8 +47,13 @@ def build_block(plan: SitePlan, tensors: dict[str, Tensor], dense: DenseFFN) -> 
     biases = block.experts.up_bias_or_none
     width = spec.expert_width
     for number, neurons in enumerate(plan.experts):
-        index = torch.tensor(neurons, dtype=torch.long, device=dense.up.device)
-        block.place[index] = len(plan.shared) + number * width + torch.arange(len(neurons), device=index.device)
+        index = counted = torch.tensor(neurons, dtype=torch.long, device=dense.up.device)
+        place = len(plan.shared) + number * width + torch.arange(len(neurons), device=index.device)
+        if block.neuron is not None:  # the first of a neuron's copies is the one that counts
+            first = ~torch.isin(index, block.neuron[:number])
+            block.neuron[number, : len(neurons)] = index
+            counted, place = index[first], place[first]
+        block.place[counted] = place
         halves = [(dense.gate, dense.gate_bias), (dense.up, dense.up_bias)] if spec.gated else [(dense.up, dense.up_bias)]
         for half, (weight, bias) in enumerate(halves):
             window = slice(half * width, half * width + len(neurons))
@@ -98,10 +104,16 @@ def _fill_biases(block: MoEFFN, plan: SitePlan, tensors: dict[str, Tensor], dens
         total += tensors[BIAS].to(total)
     if MEANS in tensors:
         means = tensors[MEANS].to(total)
+        if block.idle is not None:  # each neuron once, though several experts may hold it
+            held = torch.tensor(sorted({n for expert in plan.experts for n in expert}), device=total.device)
+            constant = down[:, held].to(total) @ means[held]
+            block.idle.copy_(constant)
+            total += constant
         for number, neurons in enumerate(plan.experts):
             index = torch.tensor(neurons, dtype=torch.long, device=total.device)
             constant = down[:, index].to(total) @ means[index]
-            total += constant
+            if block.idle is None:
+                total += constant
             assert block.experts.down_bias is not None
             block.experts.down_bias[number] = -constant.to(block.bias.dtype)
     block.bias.copy_(total)
@@ -111,19 +123,22 @@ def install(model: nn.Module, plan: MoEPlan, blocks: Iterable[MoEFFN]) -> nn.Mod
     """Put blocks into a live module, in place.
 
     Raises:
-        MatchError: a site can only be rewritten in the graph.
+        MatchError: a site can only be rewritten in the graph, or the model gives a router at the front nothing to read.
     """
     refused = [site.site for site in plan.sites if site.site.placement is None]
     if refused:
         raise MatchError(
             f"{refused[0].name} cannot be replaced in the live module: {refused[0].refusal}; convert(..., form='graph') can"
         )
+    blocks = list(blocks)
     for site, block in zip(plan.sites, blocks, strict=True):
         placement = site.site.placement
         assert placement is not None
         _set_module(model, placement.block, block)
         for path in placement.bypass:
             _set_module(model, path, nn.Identity())
+    if plan.pregate is not None:
+        attach(model, plan, blocks)
     return model
 
 

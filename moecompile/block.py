@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .activations import Activation
 from .errors import PlanError
 from .ops import expert_ffn
-from .routers import ROUTERS
+from .pregate import KIND, Routing
+from .routers import ROUTERS, straight_through
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,11 @@ class BlockSpec:
         input_bias: whether gate and up projection have biases.
         bias: whether the block adds a vector (the dense bias, the idle experts' means).
         expert_bias: whether each expert subtracts its own mean.
-        router: a kind of :data:`moecompile.routers.ROUTERS`, or ``none``.
+        router: a kind of :data:`moecompile.routers.ROUTERS`, ``pregate`` (the decision comes from the front), or ``none``.
         keep_exact: whether the dense down projection is kept beside the refitted one.
         dropout: probability of the dropout behind the block.
+        overlap: whether a neuron may stand in several experts; then one expert or all of them can be chosen.
+        spare: how many of the experts, the last ones, no router chooses: they hold the neurons that are in no other.
     """
 
     hidden_size: int
@@ -54,6 +57,13 @@ class BlockSpec:
     router: str = "none"
     keep_exact: bool = False
     dropout: float = 0.0
+    overlap: bool = False
+    spare: int = 0
+
+    @property
+    def choosable(self) -> int:
+        """How many experts a router chooses among."""
+        return self.experts - self.spare
 
 
 class SharedExpert(nn.Module):
@@ -143,23 +153,46 @@ class MoEFFN(nn.Module):
     L > 1 is the prompt (prefill), L = 1 is decoding; input (T, D) has no sequences and follows ``top_k``.
 
     Buffers: ``place`` (F,) int64, where each dense neuron is stored: the shared ones first, then I places for each expert.
+    Where experts overlap, ``neuron`` (N, I) int64 besides: which dense neuron each place holds, -1 for padding; ``place`` is
+    then the first of a neuron's copies, and ``idle`` (D,) the sum of what idle neurons give at their means, each counted once.
     """
 
     place: Tensor
+    neuron: Tensor | None
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        if spec.router != "none" and spec.router not in ROUTERS:
-            raise PlanError(f"there is no router '{spec.router}'; there are: none, {', '.join(ROUTERS)}")
+        if spec.router not in ("none", KIND, *ROUTERS):
+            raise PlanError(f"there is no router '{spec.router}'; there are: none, {KIND}, {', '.join(ROUTERS)}")
         self.spec = spec
+        self.routing: Routing | None = Routing() if spec.router == KIND else None
+        self.layer = 0
         self._top_k = spec.top_k
         self._prefill_top_k: int | None = None
-        self.router = ROUTERS[spec.router](spec.hidden_size, spec.experts) if spec.router != "none" else None
+        self.router = ROUTERS[spec.router](spec.hidden_size, spec.experts) if spec.router in ROUTERS else None
         self.experts = Experts(spec)
         self.shared = SharedExpert(spec) if spec.shared_width else None
         self.bias = nn.Parameter(torch.zeros(spec.hidden_size)) if spec.bias else None
         self.exact = ExactDown(spec) if spec.keep_exact else None
         self.register_buffer("place", torch.zeros(spec.dense_width, dtype=torch.long))
+        copies = torch.full((spec.experts, spec.expert_width), -1, dtype=torch.long) if spec.overlap else None
+        self.register_buffer("neuron", copies)
+        summed = spec.overlap and spec.expert_bias
+        self.idle = nn.Parameter(torch.zeros(spec.hidden_size), requires_grad=False) if summed else None
+
+    def connect(self, routing: Routing, layer: int) -> None:
+        """Read the decision of the router at the front, as layer ``layer`` of its plan."""
+        self.routing, self.layer = routing, layer
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.routing is not None:
+            self.routing.dials[self.layer] = (self._top_k, self._prefill_top_k, self.spec.experts)
+
+    @property
+    def routes(self) -> bool:
+        """Whether a router, the block's own or the one at the front, chooses experts."""
+        return self.router is not None or self.routing is not None
 
     @property
     def top_k(self) -> int:
@@ -170,6 +203,7 @@ class MoEFFN(nn.Module):
     def top_k(self, k: int) -> None:
         self._check(k)
         self._top_k, self._prefill_top_k = k, None
+        self._tell()
 
     @property
     def prefill_top_k(self) -> int | None:
@@ -181,6 +215,7 @@ class MoEFFN(nn.Module):
         if k is not None:
             self._check(k)
         self._prefill_top_k = k
+        self._tell()
 
     @property
     def dial(self) -> tuple[int, int | None]:
@@ -190,8 +225,17 @@ class MoEFFN(nn.Module):
     def _check(self, k: int) -> None:
         if not 0 <= k <= self.spec.experts:
             raise PlanError(f"top_k is {k}; this block has {self.spec.experts} experts")
-        if self.router is None and 0 < k < self.spec.experts:
+        if not 0 < k < self.spec.experts:
+            return
+        if not self.routes:
             raise PlanError(f"top_k is {k}, but this block has no router: only 0 or {self.spec.experts} can be had")
+        if self.spec.overlap and k > 1:
+            raise PlanError(f"top_k is {k}, but the experts overlap: only 0, 1 or {self.spec.experts} can be had")
+        if k > self.spec.choosable:
+            raise PlanError(
+                f"top_k is {k}, but the router chooses among {self.spec.choosable}: at most that, or all {self.spec.experts}, "
+                "can be had"
+            )
 
     def choose(self, x: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
         """Expert numbers and weights, (T, K) each, for tokens (T, D); K is ``top_k`` unless another is given."""
@@ -199,6 +243,9 @@ class MoEFFN(nn.Module):
         if k == self.spec.experts:
             everyone = torch.arange(self.spec.experts, device=x.device).expand(x.shape[0], -1)
             return everyone, torch.ones_like(everyone, dtype=x.dtype)
+        if self.routing is not None and k > 0:
+            ids, best = self.routing.of(self.layer, k)
+            return ids, straight_through(ids, best, x.dtype)
         if self.router is None:
             nobody = torch.zeros(x.shape[0], 0, dtype=torch.long, device=x.device)
             return nobody, nobody.to(x.dtype)
@@ -221,6 +268,18 @@ class MoEFFN(nn.Module):
         y = sum(parts[1:], parts[0]) if parts else torch.zeros_like(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def neurons_on(self, ids: Tensor) -> Tensor:
+        """(T, F) bool in dense order: the neurons that work for tokens with these experts (T, K)."""
+        spec, count = self.spec, ids.shape[0]
+        on = torch.zeros(count, spec.experts, device=ids.device, dtype=torch.bool).scatter_(1, ids, True)
+        always = torch.ones(count, spec.shared_width, device=ids.device, dtype=torch.bool)
+        if self.neuron is None:
+            return torch.cat([always, on.repeat_interleave(spec.expert_width, dim=1)], dim=1)[:, self.place]
+        member = torch.zeros(spec.experts, spec.dense_width + 1, device=ids.device)  # the last column takes the padding
+        member.scatter_(1, self.neuron % (spec.dense_width + 1), 1.0)
+        shared = self.place < spec.shared_width
+        return (on.float() @ member[:, :-1] > 0) | shared
+
     def dense_order(self, x: Tensor) -> Tensor:
         """Every neuron, in dense order: (T, D) -> (T, D)."""
         spec, experts, shared = self.spec, self.experts, self.shared
@@ -241,7 +300,9 @@ class MoEFFN(nn.Module):
             routed, kept, bias = self.exact.experts, self.exact.shared, self.exact.bias
         else:
             routed, kept, bias = experts.down_proj, None if shared is None else shared.down_proj.weight, self.bias
-            if bias is not None and experts.down_bias is not None:
+            if bias is not None and self.idle is not None:
+                bias = bias - self.idle
+            elif bias is not None and experts.down_bias is not None:
                 bias = bias + experts.down_bias.sum(0)
         columns = _joined(None if kept is None else kept.t(), routed.transpose(1, 2).flatten(0, 1))[self.place]  # [F, D]
         return nn.functional.linear(h, columns.t().contiguous(), bias)

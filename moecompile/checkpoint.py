@@ -28,6 +28,7 @@ from .block import MoEFFN
 from .card import model_card
 from .errors import CheckpointError, InputError
 from .files import explain_os_error, new_folder, read_json, write_bytes, write_tensors
+from .front import pregated
 from .hub import INDEX, WEIGHTS, check_folder, first_line, local_path, quiet_transformers, weight_files
 from .plans import MoEPlan, dump_plan
 from .version import __version__
@@ -107,18 +108,22 @@ class MoEModelMixin:
 
 
 @cache
-def _moe_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The dense class with :class:`MoEModelMixin` on top, under the dense class's name."""
-    return type(base.__name__, (MoEModelMixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+def _moe_class(base: type[PreTrainedModel], front: bool) -> type[PreTrainedModel]:
+    """The dense class with :class:`MoEModelMixin` on top, under the dense class's name; with a router at its ``front``."""
+    own: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    if front:
+        own["forward"] = pregated(base)
+    return type(base.__name__, (MoEModelMixin, base), own)
 
 
 def adopt(model: nn.Module, plan: MoEPlan, record: Mapping[str, Any] | None = None) -> nn.Module:
     """Mark a module as converted by a plan, so that it can be saved; a transformers model saves by ``save_pretrained`` too."""
     model.moecompile_plan = plan.without_tensors()  # type: ignore[assignment]
     model.moecompile_record = dict(record or {})  # type: ignore[assignment]
-    if isinstance(model, PreTrainedModel) and not isinstance(model, MoEModelMixin):
+    if isinstance(model, PreTrainedModel):
+        base = type(model).__bases__[1] if isinstance(model, MoEModelMixin) else type(model)
         # cast: mypy takes the instances' __hash__ for that of the class
-        model.__class__ = _moe_class(cast(Hashable, type(model)))
+        model.__class__ = _moe_class(cast(Hashable, base), plan.pregate is not None)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from .checkpoint import adopt
 from .costs import dense_costs, moe_costs
 from .diagnose import layer_rows
 from .errors import CaptureError, InputError, MatchError, PlanError
+from .front import deciding, front_of
 from .match import Match, Matched, match
 from .parity import check_parity, check_routing, evaluating
 from .passes import SplitFFN, run_passes
@@ -105,7 +106,8 @@ def plan(
     Args:
         model: any module that can be captured.
         recipe: an instance of a class of :mod:`moecompile.recipes`.
-        calibration: model inputs (dicts of keyword arguments, tuples, or tensors), for recipes that look at data.
+        calibration: model inputs (dicts of keyword arguments, tuples, or tensors), for recipes that look at data; as
+            ``{domain: inputs}`` for a recipe that tells domains of text apart.
         example_inputs: inputs to capture with; by default the first calibration batch, or a guess for transformers models.
         filter_fn: ``filter_fn(module, name) -> bool``, which FFNs to split.
         seed: for the recipe's random choices.
@@ -114,16 +116,39 @@ def plan(
     Raises:
         CaptureError, MatchError, PlanError, InputError: with the reason.
     """
-    batches = list(calibration or ())
-    captured, matched = find_ffns(model, _capture_inputs(model, example_inputs, batches), filter_fn)
-    return _plan(captured, matched.matches, recipe, batches, seed, progress or Progress())
+    data = CalibrationData.of(calibration)
+    captured, matched = find_ffns(model, _capture_inputs(model, example_inputs, data.batches), filter_fn)
+    return _plan(captured, matched.matches, recipe, data, seed, progress or Progress())
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Model inputs, and which domain of text each is of where they were given by domain."""
+
+    batches: list[Any]
+    domains: tuple[str, ...] = ()
+    domain_of: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | None) -> CalibrationData:
+        """From batches, or from ``{domain: batches}``."""
+        if not isinstance(calibration, Mapping):
+            return cls(list(calibration or ()))
+        parts = [list(part) for part in calibration.values()]
+        batches = [batch for part in parts for batch in part]
+        return cls(batches, tuple(calibration), tuple(number for number, part in enumerate(parts) for _ in part))
 
 
 def _plan(
-    captured: Captured, matches: tuple[Match, ...], recipe: Recipe, batches: list[Any], seed: int, progress: Progress
+    captured: Captured,
+    matches: tuple[Match, ...],
+    recipe: Recipe,
+    data: CalibrationData,
+    seed: int,
+    progress: Progress,
 ) -> MoEPlan:
     with evaluating(captured.module), torch.no_grad():
-        return make_plan(recipe, Context(captured, matches, batches, progress, seed))
+        return make_plan(recipe, Context(captured, matches, data.batches, progress, seed, data.domains, data.domain_of))
 
 
 def _capture_inputs(model: nn.Module, inputs: Any, batches: list[Any]) -> Any:
@@ -201,19 +226,19 @@ def convert_with_record(
         raise InputError(f"form is '{form}'; it can be 'module' or 'graph'")
     progress = progress or Progress()
     clock = _Clock()
-    batches = list(calibration or ())
-    captured, matched = find_ffns(model, _capture_inputs(model, example_inputs, batches), filter_fn)
+    data = CalibrationData.of(calibration)
+    captured, matched = find_ffns(model, _capture_inputs(model, example_inputs, data.batches), filter_fn)
     _refuse_graph_only(matched, form)
     clock.mark("capture")
     if isinstance(plan_or_recipe, MoEPlan):
         the_plan = plan_or_recipe
         the_plan.validate()
-        matched = _matched_by(the_plan, matched)
+        matched = matches_of(the_plan, matched)
     else:
-        the_plan = _plan(captured, matched.matches, plan_or_recipe, batches, seed, progress)
+        the_plan = _plan(captured, matched.matches, plan_or_recipe, data, seed, progress)
     the_plan = the_plan.with_exact(keep_exact)
     clock.mark("plan")
-    samples = list(held_out or batches[:1]) or [captured.kwargs or captured.args]
+    samples = list(held_out or data.batches[:1]) or [captured.kwargs or captured.args]
     costs = dense_costs(model, matched.sites)
     trial = _assemble(model, captured, matched, the_plan.split_only(), form, inplace=False)
     error, allowed = check_parity(trial, model, samples)
@@ -242,9 +267,13 @@ def _measure(
 
     def bare_block(number: int, found: Match) -> MoEFFN:
         planned = bare.sites[number]
-        return build_block(planned, bare.site_tensors(planned.site.name), DenseFFN.read(planned.site, dense))
+        block = build_block(planned, bare.site_tensors(planned.site.name), DenseFFN.read(planned.site, dense))
+        front = front_of(module)
+        if front is not None:
+            block.connect(front.routing, number)
+        return block
 
-    with evaluating(dense):
+    with evaluating(dense), deciding(module, samples):
         return layer_rows(
             captured, matched.matches, lambda number, found: blocks.get(block_path(found, number)), samples, bare_block
         )
@@ -259,7 +288,7 @@ def _refuse_graph_only(matched: Matched, form: str) -> None:
             )
 
 
-def _matched_by(the_plan: MoEPlan, matched: Matched) -> Matched:
+def matches_of(the_plan: MoEPlan, matched: Matched) -> Matched:
     """The matches that a plan speaks of, in the plan's order.
 
     Raises:
@@ -279,6 +308,8 @@ def _matched_by(the_plan: MoEPlan, matched: Matched) -> Matched:
 
 def _assemble(model: nn.Module, captured: Captured, matched: Matched, the_plan: MoEPlan, form: str, inplace: bool) -> nn.Module:
     blocks = build_blocks(model, the_plan)
+    if form == "graph" and the_plan.pregate is not None:
+        raise MatchError("a router at the front goes into the live module; form='graph' has no place for it yet")
     if form == "graph":
         for block in blocks:
             block.train(model.training)

@@ -13,6 +13,7 @@ from torch import nn
 
 from .block import MoEFFN
 from .codegen.spec import ExpertKernelSpec
+from .front import PreGate
 from .sites import FFNSite
 
 _ROUTER_FLOPS = 2  # a multiply and an add per router weight
@@ -55,18 +56,27 @@ def moe_costs(model: nn.Module, blocks: Sequence[MoEFFN], dense: dict[str, int])
         if block.router is not None and 0 < block.top_k < block.spec.experts
         for p in block.router.parameters()
     )
+    front = sum(p.numel() for p in front_parameters(model))
     flops = sum(shared.flops(1) + experts.flops(1) for shared, experts in specs)
     return {
         "parameters": sum(p.numel() for p in parameters),
         "parameters_dense": dense["parameters"],
         "ffn_parameters": dense["ffn_parameters"],
-        "router_parameters": routers,
+        "router_parameters": routers + front,
         "active_ffn_parameters": flops // 2,
         "flops_per_token_dense": dense["flops_per_token"],
-        "flops_per_token": flops + _ROUTER_FLOPS * routed,
+        "flops_per_token": flops + _ROUTER_FLOPS * (routed + front),
         "bytes": sum(p.numel() * p.element_size() for p in parameters),
         "bytes_dense": dense["bytes"],
     }
+
+
+def front_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Of the router at the front, where there is one, that each token multiplies with: an embedding table does not count."""
+    front = getattr(model, "pregate", None)
+    if not isinstance(front, PreGate):
+        return []
+    return [p for name, p in front.router.named_parameters() if not name.startswith("table.")]
 
 
 @dataclass(frozen=True)

@@ -64,16 +64,13 @@ def layer_rows(
 def _masked(dense: DenseFFN, block: MoEFFN, x: torch.Tensor) -> torch.Tensor:
     """The dense FFN (T, D) -> (T, D) with only the neurons that the block chooses for each token."""
     ids, _ = block.choose(x)
-    on = torch.zeros(len(x), block.spec.experts, device=x.device, dtype=torch.bool).scatter_(1, ids, True)
-    on = on.repeat_interleave(block.spec.expert_width, dim=1)
-    shared = torch.ones(len(x), block.spec.shared_width, device=x.device, dtype=torch.bool)
-    return dense.output(dense.hidden(x) * torch.cat([shared, on], dim=1)[:, block.place])
+    return dense.output(dense.hidden(x) * block.neurons_on(ids))
 
 
 def _usage(block: MoEFFN, x: torch.Tensor) -> list[float]:
     """Share of tokens that choose each expert; empty where nothing is chosen."""
-    if block.router is None or not 0 < block.top_k < block.spec.experts:
+    if not block.routes or not 0 < block.top_k < block.spec.experts:
         return []
     ids, _ = block.choose(x)
-    counts = torch.bincount(ids.reshape(-1), minlength=block.spec.experts)
+    counts = torch.bincount(ids.reshape(-1), minlength=block.spec.choosable)
     return [round(float(count) / len(x), 5) for count in counts]

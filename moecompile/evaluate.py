@@ -25,10 +25,9 @@ def active_fraction(model: nn.Module) -> float:
     total = active = 0.0
     plan = getattr(model, "moecompile_plan", None)
     for site, block in zip(plan.sites if plan is not None else (), moe_blocks(model).values(), strict=False):
-        routed = sum(len(expert) for expert in site.experts)
         width = block.spec.hidden_size
-        total += (len(site.shared) + routed) * width
-        active += (len(site.shared) + routed * (block.top_k / block.spec.experts if block.spec.experts else 0)) * width
+        total += site.site.intermediate_size * width
+        active += site.active_at(block.top_k) * width
     return active / total if total else 1.0
 
 

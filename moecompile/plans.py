@@ -20,6 +20,7 @@ from .activations import Activation
 from .block import BlockSpec
 from .errors import PlanError
 from .files import read_json, write_bytes, write_tensors
+from .pregate import KIND, PreGateSpec
 from .routers import ROUTERS
 from .sites import FFNSite
 
@@ -29,6 +30,7 @@ FORMAT = 1
 #   down (D, F)     the refitted down projection
 #   bias (D,)       a constant to add to the output besides
 #   router.*        parameters of the router, under its own names
+# Those of the router at the front stand under pregate/*.
 MEANS, DOWN, BIAS, ROUTER = "means", "down", "bias", "router."
 
 
@@ -41,10 +43,12 @@ class SitePlan:
         shared: neurons that are always on.
         experts: the neurons of each routed expert.
         top_k: experts chosen per token.
-        router: a kind of :data:`moecompile.routers.ROUTERS`, or ``none``.
+        router: a kind of :data:`moecompile.routers.ROUTERS`, ``pregate``, or ``none``.
         fitted: names of the fitted tensors that belong to it, which say what compensation there is.
         keep_exact: keep the dense down projection beside a refitted one.
         metrics: what was measured while planning (``relative_error``, ``usage``, ...), for reports.
+        overlap: a neuron may stand in several experts (never twice in one); then top_k is 0, 1 or all.
+        spare: how many experts, the last ones, are never chosen: they hold the neurons that are in no other.
     """
 
     site: FFNSite
@@ -55,6 +59,8 @@ class SitePlan:
     fitted: tuple[str, ...] = ()
     keep_exact: bool = False
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    overlap: bool = False
+    spare: int = 0
 
     def validate(self) -> None:
         """Check that every neuron has exactly one place and that the numbers make sense.
@@ -63,7 +69,12 @@ class SitePlan:
             PlanError: with what is wrong.
         """
         width, name = self.site.intermediate_size, self.site.name
-        placed = [*self.shared, *(neuron for expert in self.experts for neuron in expert)]
+        routed = [neuron for expert in self.experts for neuron in expert]
+        if self.overlap:
+            if any(len(set(expert)) < len(expert) for expert in self.experts):
+                raise PlanError(f"site {name}: a neuron stands twice in one expert")
+            routed = list(dict.fromkeys(routed))
+        placed = [*self.shared, *routed]
         if sorted(placed) != list(range(width)):
             lost = sorted(set(range(width)) - set(placed))
             why = f"neuron {lost[0]} has no place" if lost else "a neuron has two places or does not exist"
@@ -72,8 +83,12 @@ class SitePlan:
             raise PlanError(f"site {name}: an expert has no neurons")
         if not 0 <= self.top_k <= len(self.experts):
             raise PlanError(f"site {name}: top_k is {self.top_k} and there are {len(self.experts)} experts")
-        if self.router != "none" and self.router not in ROUTERS:
-            raise PlanError(f"site {name}: there is no router '{self.router}'; there are: none, {', '.join(ROUTERS)}")
+        if not 0 <= self.spare <= len(self.experts):
+            raise PlanError(f"site {name}: {self.spare} of {len(self.experts)} experts are to be spare")
+        if self.router not in ("none", KIND, *ROUTERS):
+            raise PlanError(f"site {name}: there is no router '{self.router}'; there are: none, {KIND}, {', '.join(ROUTERS)}")
+        if 0 < self.top_k < len(self.experts) and self.top_k > (1 if self.overlap else len(self.experts) - self.spare):
+            raise PlanError(f"site {name}: top_k {self.top_k} cannot be had: experts overlap, or are spare")
         if self.router == "none" and 0 < self.top_k < len(self.experts):
             raise PlanError(
                 f"site {name}: {self.top_k} of {len(self.experts)} experts are to be chosen, but there is no router"
@@ -85,10 +100,21 @@ class SitePlan:
         return max((len(expert) for expert in self.experts), default=0)
 
     @property
+    def choosable(self) -> tuple[tuple[int, ...], ...]:
+        """The experts that a router chooses among: all but the spare ones."""
+        return self.experts[: len(self.experts) - self.spare]
+
+    @property
     def active_neurons(self) -> float:
-        """Neurons computed per token: the shared ones and K experts of mean size."""
-        routed = sum(len(expert) for expert in self.experts)
-        return len(self.shared) + (routed * self.top_k / len(self.experts) if self.experts else 0.0)
+        """Neurons computed per token."""
+        return self.active_at(self.top_k)
+
+    def active_at(self, top_k: int) -> float:
+        """Neurons computed per token with so many experts of mean size and the shared ones; each once where all are on."""
+        if top_k == len(self.experts):
+            return float(self.site.intermediate_size)
+        chosen = self.choosable
+        return len(self.shared) + (sum(map(len, chosen)) * top_k / len(chosen) if chosen else 0.0)
 
     def block_spec(self) -> BlockSpec:
         """The shape of this site's block."""
@@ -109,6 +135,8 @@ class SitePlan:
             router=self.router,
             keep_exact=self.keep_exact,
             dropout=site.output_dropout,
+            overlap=self.overlap,
+            spare=self.spare,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +150,8 @@ class SitePlan:
             "fitted": list(self.fitted),
             "keep_exact": self.keep_exact,
             "metrics": dict(self.metrics),
+            **({"overlap": True} if self.overlap else {}),
+            **({"spare": self.spare} if self.spare else {}),
         }
 
     @classmethod
@@ -141,6 +171,8 @@ class SitePlan:
                 fitted=tuple(str(name) for name in data.get("fitted", ())),
                 keep_exact=bool(data.get("keep_exact", False)),
                 metrics=dict(data.get("metrics", {})),
+                overlap=bool(data.get("overlap", False)),
+                spare=int(data.get("spare", 0)),
             )
             Activation(plan.site.activation)  # refuses a text that is none
         except (KeyError, TypeError, ValueError) as error:
@@ -157,13 +189,15 @@ class MoEPlan:
         recipe: the recipe's name.
         config: the recipe's settings, for the record.
         sites: a plan per FFN, in the order of execution.
-        tensors: fitted numbers, named ``<site name>/<tensor>``.
+        tensors: fitted numbers, named ``<site name>/<tensor>``; those of the router at the front ``pregate/<parameter>``.
+        pregate: the router at the front, where sites read their decision from it.
     """
 
     recipe: str
     config: Mapping[str, Any]
     sites: tuple[SitePlan, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    pregate: PreGateSpec | None = None
 
     def site_tensors(self, name: str) -> dict[str, Tensor]:
         """The fitted tensors of one site, by bare name."""
@@ -178,7 +212,10 @@ class MoEPlan:
 
     @property
     def router(self) -> str:
-        """``layerwise`` when any site chooses experts by a router of its own, else ``none``."""
+        """``layerwise`` when any site chooses experts by a router of its own, ``pregate`` when the one at the front does,
+        else ``none``."""
+        if self.pregate is not None:
+            return KIND
         return "layerwise" if any(s.router != "none" for s in self.sites) else "none"
 
     def with_exact(self, keep: bool) -> MoEPlan:
@@ -186,12 +223,26 @@ class MoEPlan:
         sites = tuple(replace(s, keep_exact=s.keep_exact or (keep and bool(s.fitted))) for s in self.sites)
         return replace(self, sites=sites)
 
+    def with_front(self, spec: PreGateSpec, tensors: Mapping[str, Tensor]) -> MoEPlan:
+        """The same split, every site reading its decision from a router at the front instead of its own.
+
+        Args:
+            spec: the router's shape.
+            tensors: its parameters by bare name; empty for one that is not trained yet.
+        """
+        sites = tuple(
+            replace(s, router=KIND, fitted=tuple(name for name in s.fitted if not name.startswith(ROUTER))) for s in self.sites
+        )
+        kept = {key: value for key, value in self.tensors.items() if not _of_router(key)}
+        kept.update({f"{KIND}/{name}": value for name, value in tensors.items()})
+        return replace(self, sites=sites, tensors=kept, pregate=spec)
+
     def router_only(self) -> MoEPlan:
         """The same split and routing without compensation."""
         sites = tuple(
             replace(s, fitted=tuple(name for name in s.fitted if name.startswith(ROUTER)), keep_exact=False) for s in self.sites
         )
-        tensors = {key: value for key, value in self.tensors.items() if key.rpartition("/")[2].startswith(ROUTER)}
+        tensors = {key: value for key, value in self.tensors.items() if _of_router(key)}
         return replace(self, sites=sites, tensors=tensors)
 
     def without_tensors(self) -> MoEPlan:
@@ -210,6 +261,7 @@ class MoEPlan:
         """
         if not self.sites:
             raise PlanError("the plan has no sites")
+        self._check_pregate()
         for plan in self.sites:
             plan.validate()
             width, hidden = plan.site.intermediate_size, plan.site.hidden_size
@@ -224,12 +276,33 @@ class MoEPlan:
                 if not torch.isfinite(tensor).all():
                     raise PlanError(f"site {plan.site.name}: '{name}' holds NaN or infinity")
 
+    def _check_pregate(self) -> None:
+        readers = [plan for plan in self.sites if plan.router == KIND]
+        if self.pregate is None:
+            if readers:
+                raise PlanError(f"site {readers[0].site.name} reads a router at the front, and the plan has none")
+            return
+        if len(readers) != len(self.sites):
+            raise PlanError("the plan has a router at the front, but not all sites read it")
+        if self.pregate.groups not in (1, len(self.sites)):
+            raise PlanError(f"the router at the front decides for {self.pregate.groups} layers; the plan has {len(self.sites)}")
+        for plan in readers:
+            if len(plan.choosable) != self.pregate.experts:
+                raise PlanError(
+                    f"site {plan.site.name}: {len(plan.choosable)} experts can be chosen, and the router at the "
+                    f"front scores {self.pregate.experts}"
+                )
+        for name, tensor in self.site_tensors(KIND).items():
+            if not torch.isfinite(tensor).all():
+                raise PlanError(f"the router at the front: '{name}' holds NaN or infinity")
+
     def to_dict(self) -> dict[str, Any]:
         """The structure as JSON-ready data, without the fitted numbers."""
         return {
             "format": FORMAT,
             "recipe": self.recipe,
             "config": dict(self.config),
+            **({"pregate": self.pregate.to_dict()} if self.pregate is not None else {}),
             "sites": [plan.to_dict() for plan in self.sites],
         }
 
@@ -246,7 +319,11 @@ class MoEPlan:
             sites = tuple(SitePlan.from_dict(item) for item in data["sites"])
             if not sites:
                 raise PlanError("the plan has no sites")
-            return cls(str(data["recipe"]), dict(data["config"]), sites, dict(tensors or {}))
+            front = data.get("pregate")
+            pregate = None if front is None else PreGateSpec.from_dict(front)
+            plan = cls(str(data["recipe"]), dict(data["config"]), sites, dict(tensors or {}), pregate)
+            plan._check_pregate()
+            return plan
         except (KeyError, TypeError) as error:
             raise PlanError(f"the plan is not readable ({type(error).__name__}: {error})") from error
 
@@ -270,7 +347,7 @@ class MoEPlan:
 
         path = Path(path)
         plan = cls.from_dict(read_json(path))
-        if any(site.fitted for site in plan.sites):
+        if plan.pregate is not None or any(site.fitted for site in plan.sites):
             beside = path.with_suffix(".safetensors")
             try:
                 plan = replace(plan, tensors=load_file(beside))
@@ -278,6 +355,10 @@ class MoEPlan:
                 raise PlanError(f"the plan's tensors, {beside}, cannot be read: {error}") from error
         plan.validate()
         return plan
+
+
+def _of_router(key: str) -> bool:
+    return key.startswith(f"{KIND}/") or key.rpartition("/")[2].startswith(ROUTER)
 
 
 def dump_plan(data: Any, indent: str = "") -> str:

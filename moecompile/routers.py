@@ -13,6 +13,15 @@ import torch
 from torch import Tensor, nn
 
 
+def straight_through(ids: Tensor, best: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(T, K) weights that are 1; with the chosen experts' scores (T, K), their gradient is that of the sigmoid."""
+    weights = torch.ones_like(ids, dtype=dtype)
+    if best is None:
+        return weights
+    p = torch.sigmoid(best).to(dtype)
+    return weights + (p - p.detach())
+
+
 class Router(nn.Module):
     """Base of all routers: scores the experts, keeps the k best, binary gates.
 
@@ -29,11 +38,8 @@ class Router(nn.Module):
         """(T, D) -> expert numbers (T, k) and weights (T, k)."""
         scores = self.scores(x)
         best, ids = torch.topk(scores, k, dim=-1, sorted=False)
-        weights = torch.ones_like(best, dtype=x.dtype)
-        if self.training and torch.is_grad_enabled():
-            p = torch.sigmoid(best).to(x.dtype)
-            weights = weights + (p - p.detach())
-        return ids, weights
+        learning = self.training and torch.is_grad_enabled()
+        return ids, straight_through(ids, best if learning else None, x.dtype)
 
 
 class LinearRouter(Router):

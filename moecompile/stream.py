@@ -76,13 +76,14 @@ class Stream:
 
     def tokens(self, number: int, values: Sequence[Tensor]) -> Tensor:
         """The values of every batch as one (T, D) tensor, padding left out."""
-        rows = []
-        for value, mask in zip(values, self._keep, strict=True):
-            if mask is not None and value.shape[:-1] == mask.shape:
-                rows.append(value[mask.to(value.device)])
-            else:
-                rows.append(value.reshape(-1, value.shape[-1]))
-        return torch.cat(rows)
+        return torch.cat([self.rows(index, value) for index, value in enumerate(values)])
+
+    def rows(self, index: int, value: Tensor) -> Tensor:
+        """A value (..., D) of batch ``index`` as (T, D), padding left out."""
+        mask = self._keep[index]
+        if mask is not None and value.shape[:-1] == mask.shape:
+            return value[mask.to(value.device)]
+        return value.reshape(-1, value.shape[-1])
 
     def residual(self, number: int) -> Tensor:
         """What the present FFN's output is added to, (T, D) float32, a copy; only where the match has a residual."""

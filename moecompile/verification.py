@@ -12,6 +12,7 @@ from .block import MoEFFN
 from .capture import capture, normalise_inputs
 from .diagnose import layer_rows
 from .errors import InputError
+from .front import deciding
 from .match import Match, match
 from .parity import all_experts_on, evaluating, max_abs_error
 from .passes.split_ffn import block_path
@@ -64,7 +65,7 @@ def verify(moe: nn.Module, dense: nn.Module, inputs: Any = None) -> VerifyReport
     def block_of(number: int, found: Match) -> MoEFFN | None:
         return blocks.get(block_path(found, number))
 
-    with evaluating(dense):
+    with evaluating(dense), deciding(moe, [batch]):
         captured = capture(dense, batch)
         rows = layer_rows(captured, match(captured).matches, block_of, [batch])
     if not rows:

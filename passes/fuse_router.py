@@ -44,7 +44,7 @@ class FuseRouter:
         done: set[Node] = set()
         for node in moe_nodes(result):
             ids = operands_of(node)["ids"]
-            if not isinstance(ids, Node) or ids in done:
+            if not isinstance(ids, Node) or ids in done or _fused(ids):
                 continue
             done.add(ids)
             found = find_router(ids)
@@ -55,6 +55,12 @@ class FuseRouter:
             fused += 1
         result.recompile()
         return PassResult(result, fused, tuple(notes))
+
+
+def _fused(ids: Node) -> bool:
+    """Whether another layer that reads the same choice had its router fused already."""
+    route = ids.args[0] if meaning(ids) == "item" else None
+    return isinstance(route, Node) and route.target is lowered.route
 
 
 def find_router(ids: Node) -> Router | str:

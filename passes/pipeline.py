@@ -4,6 +4,7 @@
 |---|---|
 | ``fold_constants`` | casts, reshapes and dropouts that change nothing |
 | ``match_experts`` | ``expert_ffn`` -> ``moe_ffn``, unit weights left out |
+| ``hoist_router`` | routers that read nothing but the front -> one top-k above the first layer |
 | ``fuse_router`` | linear, softmax or sigmoid, top-k, normalisation -> ``route`` |
 | ``share_dispatch`` | one routing decision of several layers -> one ``dispatch`` |
 | ``merge_shared`` | shared experts and output biases -> into ``moe_ffn`` |
@@ -23,6 +24,7 @@ from .dead_code import DeadCode
 from .fold_constants import FoldConstants
 from .fuse_block import FuseBlock
 from .fuse_router import FuseRouter
+from .hoist_router import HoistRouter
 from .lower_cpu import LowerCPU
 from .lower_triton import LowerTriton
 from .match_experts import MatchExperts
@@ -40,6 +42,7 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
     return [
         FoldConstants(),
         MatchExperts(),
+        HoistRouter(),
         FuseRouter(),
         ShareDispatch(),
         MergeShared(),

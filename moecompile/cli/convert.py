@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..balancing import balance
 from ..conversion import Conversion, convert_with_record
+from ..distil import Distillation
 from ..errors import InputError
 from ..files import check_new_folder
 from ..hub import check_positions, load_dense, local_path, stored_dtype
-from ..recipes import RECIPES, Recipe
+from ..recipes import RECIPES, ReadMe, Recipe
 from ..text import calibration_windows
 from ..version import __version__
 from . import command
@@ -53,7 +54,25 @@ def add(commands: Any) -> None:
     sub.add_argument("--top-k", type=int, metavar="K", help="experts chosen per token; active fraction = (S + K) / (N + S)")
     sub.add_argument("--active-fraction", type=float, metavar="A", help="recipes static and flap: share of neurons that stay")
     sub.add_argument(
-        "--compensation", choices=("none", "means", "refit"), help="recipe static: for the idle neurons (default: none)"
+        "--compensation",
+        choices=("none", "means", "refit"),
+        help="recipes static (default: none) and read-me (default: refit): for the idle neurons",
+    )
+    sub.add_argument(
+        "--router",
+        choices=("layerwise", "pregate"),
+        help="a router in each layer, or one at the front for all of them; as the recipe has it (read-me: pregate)",
+    )
+    sub.add_argument(
+        "--disjoint",
+        action="store_const",
+        const=True,
+        help="recipe read-me: finer experts that do not overlap, and a decision for each layer, in place of one per text file",
+    )
+    sub.add_argument("--ranking", choices=("activation", "output"), help="recipe read-me: neurons by |a|, or by |a| |w|")
+    sub.add_argument("--own-table", action="store_const", const=True, help="recipe read-me: the router's own embedding table")
+    sub.add_argument(
+        "--router-steps", type=int, metavar="N", help="recipe read-me: training steps of the router (default: 400)"
     )
     sub.add_argument(
         "--plain-statistics", action="store_const", const=True, help="recipe flap: all tokens alike, as in the paper"
@@ -87,17 +106,24 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     """
     kind = RECIPES[options.recipe]
     names = {field.name for field in fields(kind)}
-    given = {
-        name: getattr(options, name)
-        for name in ("experts", "shared", "top_k", "active_fraction", "compensation", "plain_statistics")
-        if getattr(options, name) is not None
-    }
+    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
     for name in given:
         if name not in names:
             raise InputError(f"--{name.replace('_', '-')} has no meaning for the recipe '{options.recipe}'")
+    if options.router is not None and (options.router == "pregate") != (kind is ReadMe):
+        raise InputError(f"the recipe '{options.recipe}' has no {options.router} router; pregate is that of read-me")
+    if options.router_steps is not None:
+        if kind is not ReadMe:
+            raise InputError(f"--router-steps has no meaning for the recipe '{options.recipe}'")
+        given["distillation"] = Distillation(steps=options.router_steps)
     recipe = kind(**given)
     recipe.check()
     return recipe
+
+
+_SETTINGS = (
+    "experts", "shared", "top_k", "active_fraction", "compensation", "plain_statistics", "disjoint", "ranking", "own_table",
+)  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -122,13 +148,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = load_dense(options.model, trust_remote_code=options.trust_remote_code)
     stored = stored_dtype(options.model, trust_remote_code=options.trust_remote_code)
     model = model.to(device_of(options))  # type: ignore[arg-type]
-    batches = held = None
+    held: Any = None
+    batches: Any = None
     if windows is not None:
         check_positions(model, windows.shape[1], "--calibration-window")
         rows = windows.to(next(model.parameters()).device)
-        kept = min(_HELD_OUT, len(rows) - 1)
+        kept = _held(rows)
         batches = [inputs_of(model, part) for part in rows[: len(rows) - kept].split(_BATCH)]
         held = [inputs_of(model, rows[len(rows) - kept :])] if kept else None
+        if isinstance(recipe, ReadMe):
+            batches = _by_domain(options, model, tokenizer)
     loaded = time.perf_counter()
     conversion = convert_with_record(
         model, recipe, batches, held_out=held, keep_exact=options.keep_exact, seed=options.seed, progress=progress
@@ -163,6 +192,29 @@ def _windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
     if tokens >= options.calibration_window:
         tokens += _HELD_OUT * options.calibration_window
     return calibration_windows(tokenizer, options.calibration, tokens, options.calibration_window, options.seed)
+
+
+def _held(rows: Tensor) -> int:
+    return min(_HELD_OUT, len(rows) - 1)
+
+
+def _by_domain(options: argparse.Namespace, model: nn.Module, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
+    """Calibration inputs by text file, each with an equal share of the tokens.
+
+    Raises:
+        InputError: two files have one name.
+    """
+    names = [path.stem for path in options.calibration]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"two calibration files are called '{twice}'; a domain needs a name of its own")
+    share = max(options.calibration_tokens // len(names), options.calibration_window)
+    device = next(model.parameters()).device
+    found = {}
+    for name, path in zip(names, options.calibration, strict=True):
+        rows = calibration_windows(tokenizer, [path], share, options.calibration_window, options.seed).to(device)
+        found[name] = [inputs_of(model, part) for part in rows.split(_BATCH)]
+    return found
 
 
 def inputs_of(model: nn.Module, rows: Tensor) -> dict[str, Any]:
@@ -202,9 +254,11 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
         "source_path": source_path(options.model),
         "recipe": plan.recipe,
         "recipe_config": settings,
-        "experts": len(first.experts),
+        "experts": len(first.choosable),
         "shared": settings.get("shared", 1),
         "top_k": first.top_k,
+        **({"domains": plan.config["domains"]} if plan.config.get("domains") else {}),
+        **({"router_training": plan.config["router_training"]} if plan.config.get("router_training") else {}),
         "router": plan.router,
         "active_fraction": round(plan.active_fraction, 6),
         "keep_exact": options.keep_exact,
@@ -226,7 +280,7 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
             {
                 **{key: value for key, value in s.site.to_dict().items() if key in _SITE_KEYS},
                 "shared_neurons": len(s.shared),
-                "experts": len(s.experts),
+                "experts": len(s.choosable),
                 "expert_width": s.expert_width,
                 "top_k": s.top_k,
                 "router": s.router,

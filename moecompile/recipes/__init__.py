@@ -6,7 +6,14 @@ from .base import Context, Recipe, make_plan, planner
 from .calibrated import Calibrated
 from .contiguous import Contiguous
 from .pruned import Flap, Static
+from .read_me import ReadMe
 
-RECIPES: dict[str, type[Recipe]] = {"calibrated": Calibrated, "contiguous": Contiguous, "static": Static, "flap": Flap}
+RECIPES: dict[str, type[Recipe]] = {
+    "calibrated": Calibrated,
+    "contiguous": Contiguous,
+    "static": Static,
+    "flap": Flap,
+    "read-me": ReadMe,
+}
 
-__all__ = ["RECIPES", "Calibrated", "Context", "Contiguous", "Flap", "Recipe", "Static", "make_plan", "planner"]
+__all__ = ["RECIPES", "Calibrated", "Context", "Contiguous", "Flap", "ReadMe", "Recipe", "Static", "make_plan", "planner"]

@@ -53,6 +53,8 @@ class Context:
         batches: calibration inputs; empty when the recipe needs none.
         progress: shows how far the work is.
         seed: for the recipe's own random choices.
+        domains: names of the kinds of text that the batches are of, where they were given by name.
+        domain_of: for each batch the number of its domain.
     """
 
     captured: Captured
@@ -60,6 +62,8 @@ class Context:
     batches: Sequence[Any]
     progress: Progress
     seed: int
+    domains: tuple[str, ...] = ()
+    domain_of: tuple[int, ...] = ()
 
 
 R = TypeVar("R", bound=Recipe)

@@ -129,7 +129,7 @@ def _plan_site(
     mask = _neuron_mask(chosen, shared, experts, site.intermediate_size)
     fitted[MEANS] = idle_means(hidden, mask, weights)
     fitted[DOWN], fitted[BIAS] = refit_down(hidden, mask, fitted[MEANS], down, bias, target, weights)
-    own, error = _outputs(hidden, mask, fitted, bias, y, weights)
+    own, error = masked_outputs(hidden, mask, fitted, bias, y, weights)
     router = "linear" if recipe.top_k else "none"
     metrics = {"calibration_error": round(error, 6)}
     return replace(planned, router=router, fitted=tuple(fitted), metrics=metrics), fitted, error, own
@@ -148,7 +148,7 @@ def _neuron_mask(chosen: Tensor, shared: Tensor, experts: list[list[int]], width
     return mask
 
 
-def _outputs(
+def masked_outputs(
     hidden: Tensor, mask: Mask, fitted: dict[str, Tensor], bias: Tensor | None, y: Tensor, weights: Tensor
 ) -> tuple[Tensor, float]:
     """The converted FFN's outputs (T, D), and their error: the root of weighted |y - y_dense|^2 / |y_dense|^2."""

@@ -52,13 +52,23 @@ def choose_shared(hidden: Tensor, down: Tensor, count: int, weights: Tensor) -> 
     strongest = strength.topk(max(1, int(_TOP_SHARE * hidden.shape[1])), dim=1).indices
     score = torch.zeros(hidden.shape[1], device=hidden.device)
     score.index_add_(0, strongest.flatten(), weights[:, None].expand_as(strongest).flatten())
-    energy = strength.square_()
+    share = _outlier_shares(strength.square_())
+    score = torch.where(share > _CARRY, score + 2 * score.max() * (1 + share), score)
+    return score.topk(count).indices.sort().values
+
+
+def _outlier_shares(energy: Tensor) -> Tensor:
+    """(F,) the mean share of each neuron in the energy (T, F) of outlier tokens; 0 where there are none."""
     total = energy.sum(1)
     outliers = total > _OUTLIER**2 * total.median()
-    if outliers.any():
-        share = (energy[outliers] / total[outliers][:, None]).mean(0)
-        score = torch.where(share > _CARRY, score + 2 * score.max() * (1 + share), score)
-    return score.topk(count).indices.sort().values
+    if not outliers.any():
+        return torch.zeros_like(energy[0])
+    return (energy[outliers] / total[outliers][:, None]).mean(0)
+
+
+def sink_neurons(hidden: Tensor, down: Tensor) -> Tensor:
+    """(F,) bool: the neurons that carry the energy of outlier tokens, from hidden (T, F) and down (D, F) in float32."""
+    return _outlier_shares((hidden * down.norm(dim=0)).square_()) > _CARRY
 
 
 def weighted_moments(x: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ said in one sentence, with the command that fills it.
     charts     inline SVG               blocks        what a section is made of
     quality    measured sections        facts         sections of facts
     training   tuning, diagnosis
+    routing    which token goes where
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .blocks import EVAL, Section
 from .evaluations import Evaluation, Group, collect, groups, headline
 from .facts import costs, sites
 from .quality import perplexities, reconstruction, usage
+from .routing import routing
 from .text import as_mapping, finite, numeric, plain
 from .training import diagnosis, tuning
 
@@ -57,6 +59,7 @@ def render(record: Mapping[str, Any], *, plan: object = None, comparisons: Seque
         perplexities(rows, grouped),
         sites(record),
         usage(record),
+        *([found] if (found := routing(record)) is not None else []),
         reconstruction(record),
         diagnosis(record),
         tuning(record),

@@ -1,0 +1,369 @@
+"""Teaching a pre-gating router which experts the dense model would use.
+
+    target(t) = softmax over experts of the overlap |M0(t) ∩ M_i| / temperature,    loss = KL(target || softmax(scores))
+
+M0(t) holds the neurons that the dense model activates most on token t (the top half by |activation|), M_i those of expert i.
+With aligned ids the overlaps of all layers are summed. Read-ME (arXiv 2410.19123), section 3.2. The router sees token t itself
+and what stands before it: at decode time the token is known before layer 0 runs, so the target is that of the same position.
+
+Targets are computed once and kept as 16-bit counts; training then reads embeddings and counts alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .capture import Captured
+from .errors import InputError
+from .files import write_tensors
+from .match import Match
+from .pregate import PreGatingRouter
+from .progress import Progress
+from .sites import DenseFFN
+from .stream import Stream
+
+_CHUNK = 4096
+_MOST_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How to train the router.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: windows per step.
+        lr: peak learning rate of AdamW, linear warm-up over a twentieth of the steps, then cosine to zero.
+        weight_decay: of AdamW.
+        temperature: in standard deviations of the overlaps (around each token's mean); raw counts, as in the paper, make the
+            softmax a one-hot vector. 0 trains on the one-hot vector itself.
+        centred: measure each expert's overlap against its own mean, so that no expert is chosen for being typical.
+        active: share of a layer's neurons that counts as activated.
+        reverse: KL(softmax(scores) || target) instead.
+        balance: weight of the load-balance term N * sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961).
+        locality: weight of the mean squared difference between consecutive tokens' probabilities.
+        held: share of the windows that is measured on and not trained on.
+    """
+
+    steps: int = 400
+    batch: int = 8
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    temperature: float = 0.25
+    centred: bool = False
+    active: float = 0.5
+    reverse: bool = False
+    balance: float = 0.0
+    locality: float = 0.0
+    held: float = 0.1
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            InputError: with what is wrong.
+        """
+        if self.steps < 0 or self.batch < 1 or not self.lr > 0 or not 0 < self.active < 1 or not 0 <= self.held < 1:
+            raise InputError(f"the router cannot be trained with these settings: {self}")
+        if min(self.weight_decay, self.temperature, self.balance, self.locality) < 0:
+            raise InputError(f"the router cannot be trained with negative weights: {self}")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a router is to learn.
+
+    Attributes:
+        ids: (W, S) token ids, windows without padding.
+        overlap: (W, S, N) int16 for aligned ids, or (W, S, L, N): neurons that each expert has in common with the active ones.
+    """
+
+    ids: Tensor
+    overlap: Tensor
+
+    def split(self, share: float, seed: int) -> tuple[Targets, Targets]:
+        """(kept, held out): a random share of the windows is held out, at least one where the share is above 0."""
+        count = min(len(self.ids) - 1, max(1, round(share * len(self.ids)))) if share and len(self.ids) > 1 else 0
+        order = torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(seed))
+        held, kept = order[:count].sort().values, order[count:].sort().values
+        return Targets(self.ids[kept], self.overlap[kept]), Targets(self.ids[held], self.overlap[held])
+
+
+@torch.no_grad()
+def collect_targets(
+    captured: Captured,
+    matches: Sequence[Match],
+    batches: Sequence[Any],
+    members: Sequence[Tensor],
+    *,
+    aligned: bool,
+    active: float = 0.5,
+    progress: Progress | None = None,
+) -> Targets:
+    """Run the dense model over batches, a few at a time, and count.
+
+    Args:
+        captured: the dense model.
+        matches: its FFNs.
+        batches: model inputs with ``input_ids`` (B, S), all of one length, without padding.
+        members: for each FFN (F, N), 1 where a neuron belongs to an expert.
+        aligned: sum over the layers.
+        active: share of the neurons that counts as activated.
+
+    Raises:
+        InputError: the batches are padded or of several lengths, or the counts would not fit into 2 GiB.
+    """
+    windows = [_windows(batch) for batch in batches]
+    lengths = {rows.shape[1] for rows in windows}
+    if len(lengths) != 1:
+        raise InputError(f"the router's training windows must have one length, not {sorted(lengths)}")
+    ids = torch.cat([rows.cpu() for rows in windows])
+    experts = members[0].shape[1]
+    shape = (len(ids), ids.shape[1], *(() if aligned else (len(members),)), experts)
+    if 2 * math.prod(shape) > _MOST_BYTES:
+        raise InputError(f"the router's targets for {ids.numel()} tokens would take more than 2 GiB; give fewer tokens")
+    overlap = torch.zeros(shape, dtype=torch.int16)
+    start = 0
+    progress = progress or Progress()
+    for group in progress.over(_grouped(batches, windows), "router targets"):
+        stream = Stream(captured, matches, group)
+        count = sum(len(_windows(batch)) for batch in group)
+        for number, (match, inputs) in enumerate(stream):
+            dense = DenseFFN.read(match.site, captured.module)
+            hidden = dense.hidden(stream.tokens(number, inputs))
+            counts = overlaps(hidden, members[number].to(hidden.device), active).cpu().view(count, ids.shape[1], experts)
+            into = overlap[start : start + count] if aligned else overlap[start : start + count, :, number]
+            into += counts.to(torch.int16)
+            if number + 1 < len(matches):
+                stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)), dense.output(hidden))  # type: ignore[misc]
+        start += count
+    return Targets(ids, overlap)
+
+
+def overlaps(hidden: Tensor, member: Tensor, active: float) -> Tensor:
+    """(T, F) activations and (F, N) membership -> (T, N) counts of the most active neurons in each expert."""
+    k = max(1, round(active * hidden.shape[1]))
+    parts = []
+    for part in hidden.split(_CHUNK):
+        strength = part.abs().float()
+        least = strength.kthvalue(strength.shape[1] - k + 1, dim=1, keepdim=True).values
+        parts.append((strength >= least).float() @ member.float())
+    return torch.cat(parts)
+
+
+def _windows(batch: Any) -> Tensor:
+    ids = batch.get("input_ids") if isinstance(batch, dict) else batch
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise InputError("the router reads token ids: calibration batches must hold input_ids (batch, length)")
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        raise InputError("the router is trained on windows without padding")
+    return ids
+
+
+def _grouped(batches: Sequence[Any], windows: Sequence[Tensor]) -> list[list[Any]]:
+    """Batches in groups of about :data:`_CHUNK` tokens: what one pass over the model holds."""
+    groups: list[list[Any]] = [[]]
+    tokens = 0
+    for batch, rows in zip(batches, windows, strict=True):
+        if groups[-1] and tokens + rows.numel() > _CHUNK:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(batch)
+        tokens += rows.numel()
+    return groups
+
+
+def probabilities(overlap: Tensor, options: Distillation, mean: Tensor, scale: float) -> Tensor:
+    """(..., N) counts -> (..., N) targets; ``mean`` (N,) or (L, N) and ``scale`` from :func:`statistics`."""
+    z = overlap.float() - mean if options.centred else overlap.float()
+    if options.temperature == 0:
+        return nn.functional.one_hot(z.argmax(-1), z.shape[-1]).float()
+    return (z / (options.temperature * scale)).softmax(-1)
+
+
+def statistics(overlap: Tensor) -> tuple[Tensor, float]:
+    """Each expert's mean overlap, (N,) or (L, N), and the standard deviation around each token's mean."""
+    total = torch.zeros(overlap.shape[2:], dtype=torch.float64)
+    square, count = 0.0, 0
+    for part in overlap.split(16):
+        wide = part.double()
+        total += wide.sum((0, 1))
+        square += float((wide - wide.mean(-1, keepdim=True)).square().sum())
+        count += part.numel()
+    return (total / (overlap.shape[0] * overlap.shape[1])).float(), max(math.sqrt(square / max(count, 1)), 1e-6)
+
+
+def distil(
+    router: PreGatingRouter,
+    embed: Callable[[Tensor], Tensor],
+    targets: Targets,
+    options: Distillation | None = None,
+    *,
+    seed: int = 0,
+    state: str | Path | None = None,
+    save_every: int = 50,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train a router, in place.
+
+    Args:
+        router: on its device, in float32.
+        embed: what the router reads for (B, S) ids; not trained.
+        targets: from :func:`collect_targets`.
+        options: how.
+        seed: of the order of the windows. Step n reads the same windows whether or not the training was interrupted.
+        state: a file that holds parameters and optimizer every ``save_every`` steps; an existing one is gone on from.
+        progress: shows the steps.
+
+    Returns:
+        ``steps, windows, loss_first, loss_last`` (means over a tenth of the steps) and :func:`agreement` on held-out windows.
+
+    Raises:
+        InputError: the settings make no sense, or the state belongs to another training.
+    """
+    options = options or Distillation()
+    options.check()
+    progress = progress or Progress()
+    kept, held = targets.split(options.held, seed)
+    mean, scale = statistics(kept.overlap)
+    device = next(router.parameters()).device
+    mean = mean.to(device)
+    decayed = [p for p in router.parameters() if p.dim() > 1]
+    plain = [p for p in router.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
+    path = None if state is None else Path(state)
+    identity = json.dumps({"seed": seed, "windows": len(kept.ids), **asdict(options), **router.spec.to_dict()}, sort_keys=True)
+    first, losses = _resume(path, router, optimizer, identity)
+    router.train()
+    for step in progress.over(range(first, options.steps), "router training"):
+        rate = min((step + 1) / max(1, options.steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * rate
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = torch.randint(len(kept.ids), (options.batch,), generator=generator)
+        with torch.no_grad():
+            tokens = embed(kept.ids[rows].to(device))
+            wanted = probabilities(kept.overlap[rows].to(device), options, mean, scale)
+        loss = loss_of(router(tokens).view_as(wanted), wanted, options)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if path is not None and ((step + 1) % save_every == 0 or step + 1 == options.steps):
+            _save(path, router, optimizer, identity, step + 1, losses)
+    router.eval()
+    tenth = max(1, len(losses) // 10)
+    result: dict[str, Any] = {"steps": options.steps, "windows": len(kept.ids)}
+    if losses:
+        result["loss_first"] = round(sum(losses[:tenth]) / tenth, 5)
+        result["loss_last"] = round(sum(losses[-tenth:]) / tenth, 5)
+    if len(held.ids):
+        result.update(agreement(router, embed, held, options, mean))
+    return result
+
+
+def loss_of(scores: Tensor, wanted: Tensor, options: Distillation) -> Tensor:
+    """KL with the optional terms; scores and targets (B, S, N) or (B, S, L, N)."""
+    log_q = scores.log_softmax(-1)
+    log_p = wanted.clamp_min(1e-9).log()
+    q = log_q.exp()
+    loss = (q * (log_q - log_p) if options.reverse else wanted * (log_p - log_q)).sum(-1).mean()
+    if options.balance:
+        experts = scores.shape[-1]
+        chosen = nn.functional.one_hot(scores.argmax(-1), experts).float().mean((0, 1))
+        loss = loss + options.balance * experts * (chosen * q.mean((0, 1))).sum(-1).mean()
+    if options.locality:
+        loss = loss + options.locality * (q[:, 1:] - q[:, :-1]).square().sum(-1).mean()
+    return loss
+
+
+@torch.no_grad()
+def agreement(
+    router: PreGatingRouter,
+    embed: Callable[[Tensor], Tensor],
+    targets: Targets,
+    options: Distillation | None = None,
+    mean: Tensor | None = None,
+) -> dict[str, float]:
+    """How often a router chooses as the oracle does, the expert with the largest overlap.
+
+    Args:
+        mean: each expert's mean overlap where the options are centred; of these targets themselves by default.
+
+    Returns:
+        ``agreement`` (share of tokens, over all layers), ``constant_agreement`` (of the best constant choice),
+        ``same_as_previous`` and ``oracle_same_as_previous`` (share of consecutive tokens with the same expert), ``tokens``.
+    """
+    options = options or Distillation()
+    mean = statistics(targets.overlap)[0] if mean is None else mean.cpu()
+    device = next(router.parameters()).device
+    hits = same = oracle_same = total = pairs = 0
+    counts = torch.zeros(targets.overlap.shape[2:])
+    was_training = router.training
+    router.eval()
+    for ids, overlap in zip(targets.ids.split(4), targets.overlap.split(4), strict=True):
+        chosen = router(embed(ids.to(device))).view(overlap.shape).argmax(-1).cpu()
+        z = overlap.float() - mean.cpu() if options.centred else overlap.float()
+        best = z.argmax(-1)
+        counts += nn.functional.one_hot(best, overlap.shape[-1]).float().sum((0, 1))
+        hits += int((chosen == best).sum())
+        same += int((chosen[:, 1:] == chosen[:, :-1]).sum())
+        oracle_same += int((best[:, 1:] == best[:, :-1]).sum())
+        total += best.numel()
+        pairs += best[:, 1:].numel()
+    router.train(was_training)
+    return {
+        "agreement": round(hits / total, 5),
+        "constant_agreement": round(float(counts.max(-1).values.sum()) / total, 5),
+        "same_as_previous": round(same / max(pairs, 1), 5),
+        "oracle_same_as_previous": round(oracle_same / max(pairs, 1), 5),
+        "tokens": targets.ids.numel(),
+    }
+
+
+def _save(
+    path: Path, router: PreGatingRouter, optimizer: torch.optim.Optimizer, identity: str, step: int, losses: Sequence[float]
+) -> None:
+    tensors: dict[str, Tensor] = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for name, parameter in router.named_parameters():
+        tensors[f"parameter/{name}"] = parameter.detach()
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key}/{name}"] = optimizer.state[parameter][key]
+    tensors = {name: tensor.contiguous().cpu().clone() for name, tensor in tensors.items()}
+    write_tensors(path, tensors, metadata={"identity": identity, "step": str(step)})
+
+
+def _resume(
+    path: Path | None, router: PreGatingRouter, optimizer: torch.optim.Optimizer, identity: str
+) -> tuple[int, list[float]]:
+    """The step to go on from, and the losses so far."""
+    if path is None or not path.is_file():
+        return 0, []
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != identity:
+                raise InputError(f"{path} is the state of another training; remove it to start anew")
+            step = int(metadata["step"])
+            with torch.no_grad():
+                for name, parameter in router.named_parameters():
+                    parameter.copy_(file.get_tensor(f"parameter/{name}"))
+                    optimizer.state[parameter] = {
+                        "step": torch.tensor(float(step)),
+                        **{key: file.get_tensor(f"{key}/{name}").to(parameter) for key in ("exp_avg", "exp_avg_sq")},
+                    }
+            return step, file.get_tensor("losses").tolist()
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as the state of a router's training: {error}") from error

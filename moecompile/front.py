@@ -1,0 +1,233 @@
+"""The pre-gating router inside a model: it runs before the first layer, and every block reads its decision.
+
+The model's own forward decides, calls the dense forward, and forgets the decision: plain Python on one object that the router
+and the blocks share, so that torch.export and TorchDynamo trace it into one graph. The router's keys and values are one more
+layer at the end of the model's own cache: whatever crops, reorders, repeats or selects that cache does it to both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+
+from .capture import normalise_inputs
+from .errors import InputError, MatchError
+from .pregate import KIND, PreGateSpec, PreGatingRouter, Routing, RoutingPlan, positions_of
+
+if TYPE_CHECKING:
+    from .block import MoEFFN
+    from .plans import MoEPlan
+
+
+class RouterLayer(DynamicLayer):
+    """The router's keys and values in a growing cache."""
+
+    _layer_type = None
+
+
+class StaticRouterLayer(StaticLayer):
+    """The router's keys and values in a cache of fixed size."""
+
+    _layer_type = None
+
+
+class PreGate(nn.Module):
+    """What a model holds under the name ``pregate``: the router, and what it shares with the blocks.
+
+    Args:
+        spec: the router's shape.
+        routing: shared with the blocks.
+        layers: how many layers the model's own cache has.
+    """
+
+    def __init__(self, spec: PreGateSpec, routing: Routing, layers: int) -> None:
+        super().__init__()
+        self.router = PreGatingRouter(spec)
+        self.routing, self.layers = routing, layers
+
+    def begin(self, model: nn.Module, inputs: dict[str, Any], caches: bool) -> dict[str, Any]:
+        """Decide for a step; the plan stands in ``routing`` afterwards.
+
+        Args:
+            model: whose forward is about to run.
+            inputs: its keyword arguments.
+            caches: whether it takes a cache.
+
+        Returns:
+            The arguments, with a cache where the model would have made one itself.
+
+        Raises:
+            InputError: there are no token ids, or the cache was not filled by this model.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise InputError("the pre-gating router reads token ids: call the model with input_ids, not with inputs_embeds")
+        cache = inputs.get("past_key_values")
+        wanted = inputs.get("use_cache")
+        wanted = model.config.use_cache if wanted is None and caches else wanted  # type: ignore[union-attr]
+        if cache is None and caches and wanted:
+            cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+            inputs["past_key_values"] = cache
+        layer = None if cache is None else self._layer(cache)
+        k = self.routing.wanted()
+        if k or layer is not None:  # a cache is kept up to date whatever the dial says: it may be turned later
+            hidden = self._hidden(model, ids, inputs.get("attention_mask"), inputs.get("position_ids"), layer)
+            self.routing.plan = self._plan(hidden, k) if k else None
+        return inputs
+
+    def _hidden(self, model: nn.Module, ids: Tensor, mask: Any, index: Tensor | None, layer: Any) -> Tensor:
+        batch, length = ids.shape
+        past = 0 if layer is None else layer.get_seq_length()
+        keys = layer.max_cache_len if isinstance(layer, StaticRouterLayer) else past + length
+        if isinstance(mask, dict):  # ready masks, one for each kind of layer
+            mask = mask.get("full_attention")
+        positions = positions_of(batch, length, past, keys, mask, index, ids.device)
+        return self.router.hidden(self.tokens(model, ids), positions, layer)
+
+    def tokens(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """What the router reads for (B, S) ids: the model's embeddings (B, S, E), without gradients, or the ids themselves."""
+        if self.router.spec.vocabulary:
+            return ids
+        return cast(nn.Module, model.get_input_embeddings())(ids).detach()  # type: ignore[operator]
+
+    def _plan(self, hidden: Tensor, k: int) -> RoutingPlan:
+        best, ids = torch.topk(self.router.scores(hidden), k, dim=-1)
+        learning = self.training and torch.is_grad_enabled()
+        return RoutingPlan(ids, best if learning else None)
+
+    def _layer(self, cache: Cache) -> Any:
+        """The router's layer of a cache; appended to one that is new."""
+        layers = cache.layers
+        if layers and isinstance(layers[-1], (RouterLayer, StaticRouterLayer)):
+            if not torch.compiler.is_compiling() and int(layers[-1].get_seq_length()) != int(cache.get_seq_length()):
+                raise InputError("the cache holds other tokens for the pre-gating router than for the model")
+            return layers[-1]
+        if not torch.compiler.is_compiling() and int(cache.get_seq_length()) > 0:
+            raise InputError("the cache was filled by another model: the pre-gating router has not seen its tokens")
+        if cache.layer_class_to_replicate is not None:  # the model's own layers come first
+            while len(layers) < self.layers:
+                layers.append(cache.layer_class_to_replicate())
+        static = [layer for layer in layers if isinstance(layer, StaticLayer)]
+        if not static:
+            layers.append(RouterLayer())
+            return layers[-1]
+        whole = [layer.max_cache_len for layer in static if not layer.is_sliding]
+        if not whole:
+            raise InputError("a static cache of sliding windows alone does not say how many tokens the router must keep")
+        layers.append(StaticRouterLayer(max(whole)))
+        return layers[-1]
+
+    def end(self, model: nn.Module) -> None:
+        """Forget the plan; kept where layers will be computed again for the backward pass."""
+        if not (self.training and getattr(model, "is_gradient_checkpointing", False)):
+            self.routing.plan = None
+
+
+def pregated(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class with a router at its front."""
+    inner = base.forward
+    names = list(inspect.signature(inner).parameters)[1:]
+    caches = "past_key_values" in names
+
+    @functools.wraps(inner)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(zip(names, args, strict=False))
+        inputs.update(kwargs)
+        front = self.pregate
+        inputs = front.begin(self, inputs, caches)
+        outputs = inner(self, **inputs)
+        front.end(self)
+        return outputs
+
+    return forward
+
+
+def refusal(model: nn.Module) -> str:
+    """Why a model can have no router at its front; empty where it can."""
+    if not isinstance(model, PreTrainedModel):
+        return f"{type(model).__name__} is not a transformers model"
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'something else')}, not token ids"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return f"{type(model).__name__} reads two texts, and its encoder's layers another one than its decoder's"
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):
+        return f"{type(model).__name__} has no input embedding"
+    return ""
+
+
+def attach(model: nn.Module, plan: MoEPlan, blocks: Sequence[MoEFFN]) -> PreGate:
+    """Put the plan's router at the front of a model whose blocks are in place.
+
+    Raises:
+        MatchError: the model gives it nothing to read.
+    """
+    assert plan.pregate is not None
+    reason = refusal(model)
+    if reason:
+        raise MatchError(f"a pre-gating router reads token ids before the first layer: {reason}")
+    routing = Routing()
+    for number, block in enumerate(blocks):
+        block.connect(routing, number)
+    config: Any = cast(PreTrainedModel, model).config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    like = blocks[0].experts.down_proj
+    front = PreGate(plan.pregate, routing, int(config.num_hidden_layers)).to(device=like.device, dtype=like.dtype)
+    fitted = plan.site_tensors(KIND)
+    if fitted:
+        front.router.load_state_dict(fitted)
+    model.pregate = front.train(model.training)
+    return front
+
+
+def front_of(model: nn.Module) -> PreGate | None:
+    """The router at a model's front, or None."""
+    front = getattr(model, "pregate", None)
+    return front if isinstance(front, PreGate) else None
+
+
+@torch.no_grad()
+def decide(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
+    """What the router at the front says about one batch, without running the model.
+
+    Args:
+        model: a pre-gated model.
+        inputs: as :func:`moecompile.capture.normalise_inputs` takes them.
+
+    Returns:
+        scores (T, N) or (T, L, N), and which of the T tokens are real (T,) bool.
+    """
+    front = front_of(model)
+    if front is None:
+        raise InputError("the model has no pre-gating router")
+    args, kwargs = normalise_inputs(model, inputs)
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    mask = kwargs.get("attention_mask")
+    scores = front.router.scores(front._hidden(model, ids, mask, kwargs.get("position_ids"), None))
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.dim() != 2 else mask.bool()
+    return scores, real.reshape(-1)
+
+
+@contextlib.contextmanager
+def deciding(model: nn.Module, batches: Sequence[Any]) -> Iterator[None]:
+    """The router's decision for batches, padding left out, stands within the block: for looking at single layers."""
+    front = front_of(model)
+    if front is None:
+        yield
+        return
+    k = front.routing.wanted()
+    before = front.routing.plan
+    if k:
+        parts = [scores[real] for scores, real in (decide(model, batch) for batch in batches)]
+        front.routing.plan = RoutingPlan(torch.topk(torch.cat(parts), k, dim=-1).indices)
+    try:
+        yield
+    finally:
+        front.routing.plan = before

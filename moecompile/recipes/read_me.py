@@ -1,0 +1,269 @@
+"""Read-ME: experts behind one pre-gating router that decides for all layers before the first one runs (arXiv 2410.19123).
+
+``aligned`` (the paper): one expert per domain of text, overlapping, and the same expert in every layer. ``disjoint``: the finer
+experts of `calibrated`, and a decision for each layer. In both, the router is distilled from the neurons that the dense model
+activates (distil.py), and the down projections are refitted for what the router then chooses (`none` is the paper's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..apply import build_block
+from ..distil import Distillation, collect_targets, distil
+from ..errors import InputError, MatchError, PlanError
+from ..front import refusal
+from ..plans import BIAS, DOWN, MEANS, MoEPlan, SitePlan
+from ..pregate import PreGateSpec, PreGatingRouter
+from ..sites import DenseFFN
+from ..stream import Stream
+from .base import Context, Recipe, check_counts, check_fraction, planner, slice_sizes
+from .calibrated import clipped, masked_outputs
+from .domains import RANKINGS, domain_experts, domain_strengths, membership
+from .neurons import choose_shared, group_neurons, sample_tokens, token_weights
+from .refit import Mask, idle_means, refit_down
+
+_DISJOINT = (48, 16, 16)
+_GROUPING_TOKENS = 8192
+_CHUNK = 8192
+_DRIFT = 0.6  # as of `calibrated`
+
+
+@dataclass(frozen=True)
+class ReadMe(Recipe):
+    """Settings of the recipe.
+
+    Attributes:
+        active_fraction: aligned: share of a layer's neurons that work for a domain, the shared ones included.
+        disjoint: finer experts that do not overlap, and a decision for each layer.
+        experts, shared, top_k: disjoint: N, S and K, equal slices of the dense width (default 48, 16, 16).
+        ranking: aligned: neurons by mean |a_j| (``activation``, the paper's) or by mean |a_j| |w_j| (``output``).
+        compensation: ``none`` (the paper's), ``means``, or ``refit``, for what idle neurons gave.
+        sinks: aligned: neurons that attention sinks need belong to every domain.
+        router_width, router_heads, router_mlp: the router's sizes.
+        own_table: the router has an embedding table of its own (the paper's) and does not read the model's.
+        distillation: how the router is trained.
+    """
+
+    active_fraction: float | None = None
+    disjoint: bool = False
+    experts: int | None = None
+    shared: int | None = None
+    top_k: int | None = None
+    ranking: str = "activation"
+    compensation: str = "refit"
+    sinks: bool = True
+    router_width: int = 512
+    router_heads: int = 4
+    router_mlp: int = 512
+    own_table: bool = False
+    distillation: Distillation = field(default_factory=Distillation)
+
+    @property
+    def name(self) -> str:
+        """``read-me``."""
+        return "read-me"
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """N, S, K of the disjoint variant."""
+        given = (self.experts, self.shared, self.top_k)
+        experts, shared, top_k = (own if value is None else value for value, own in zip(given, _DISJOINT, strict=True))
+        return experts, shared, top_k
+
+    @property
+    def fraction(self) -> float:
+        """Active fraction of the aligned variant."""
+        return 0.5 if self.active_fraction is None else self.active_fraction
+
+    def check(self) -> None:
+        """Refuse settings that make no sense."""
+        if self.disjoint:
+            if self.active_fraction is not None:
+                raise PlanError("the disjoint variant takes --experts, --shared and --top-k, not --active-fraction")
+            check_counts(*self.counts)
+            if not 0 < self.counts[2] < self.counts[0]:
+                raise PlanError(f"--top-k is {self.counts[2]}; a router must choose 1 to {self.counts[0] - 1} of the experts")
+        else:
+            if (self.experts, self.shared, self.top_k) != (None, None, None):
+                raise PlanError(
+                    "read-me makes one expert per --calibration file and chooses one: take --active-fraction, or --disjoint "
+                    "with --experts, --shared and --top-k"
+                )
+            check_fraction(self.fraction)
+        if self.ranking not in RANKINGS:
+            raise PlanError(f"there is no ranking '{self.ranking}'; there are: {', '.join(RANKINGS)}")
+        if self.compensation not in ("none", "means", "refit"):
+            raise PlanError(f"there is no compensation '{self.compensation}'; there are: none, means, refit")
+        PreGateSpec(2, 1, width=self.router_width, heads=self.router_heads, mlp_width=self.router_mlp)
+        self.distillation.check()
+
+
+@planner(ReadMe)
+def plan_read_me(recipe: ReadMe, context: Context) -> MoEPlan:
+    """Split every FFN on the dense model, distil the router, then compensate in order on the converted prefix."""
+    model = context.captured.module
+    reason = refusal(model)
+    if reason:
+        raise MatchError(f"read-me has a router that reads token ids before the first layer: {reason}")
+    sites = _disjoint_sites(recipe, context) if recipe.disjoint else _aligned_sites(recipe, context)
+    members = [membership(s.choosable, s.site.intermediate_size) for s in sites]
+    router, learnt = _router(recipe, context, members)
+    tensors: dict[str, Tensor] = {}
+    if recipe.compensation != "none":
+        sites, tensors = _compensated(recipe, context, sites, members, router)
+    config = {**recipe.settings(), "domains": list(context.domains), "router_training": learnt}
+    plan = MoEPlan(recipe.name, config, tuple(sites), tensors)
+    return plan.with_front(router.spec, {name: value.detach().cpu() for name, value in router.state_dict().items()})
+
+
+def _aligned_sites(recipe: ReadMe, context: Context) -> list[SitePlan]:
+    if len(context.domains) < 2:
+        raise InputError(
+            "read-me makes one expert per domain of text: give two or more files with --calibration "
+            "(calibration={'name': batches, ...})"
+        )
+    strengths, sinks = domain_strengths(context, recipe.ranking)
+    sites = []
+    for match, strength, sink in zip(context.matches, strengths, sinks, strict=True):
+        width = match.site.intermediate_size
+        active = min(width, max(2, round(recipe.fraction * width)))
+        always = sink if recipe.sinks and int(sink.sum()) < active else torch.zeros_like(sink)
+        shared, experts, spare = domain_experts(strength, active, always)
+        metrics = {"shared_neurons": len(shared), "private_neurons": len(experts[0])}
+        sites.append(
+            SitePlan(
+                match.site, tuple(shared), tuple(tuple(e) for e in experts), 1, metrics=metrics, router="pregate",
+                overlap=True, spare=spare,
+            )
+        )  # fmt: skip
+    return sites
+
+
+@torch.no_grad()
+def _disjoint_sites(recipe: ReadMe, context: Context) -> list[SitePlan]:
+    """Shared neurons and clusters as of `calibrated`, on the dense stream."""
+    experts, shared, top_k = recipe.counts
+    stream = Stream(context.captured, context.matches, context.batches)
+    generator = torch.Generator().manual_seed(context.seed)
+    sites = []
+    for number, (match, inputs) in enumerate(context.progress.over(stream, "grouping neurons", len(context.matches))):
+        ffn = DenseFFN.read(match.site, context.captured.module)
+        x = stream.tokens(number, inputs)
+        hidden = ffn.hidden(x)
+        y = ffn.output(hidden)
+        sizes = slice_sizes(match.site.intermediate_size, experts + shared, match.site.name)
+        norms = y.float().norm(dim=1)
+        weights, some = token_weights(norms), sample_tokens(norms, _GROUPING_TOKENS, generator)
+        h, down, count = hidden[some].float(), ffn.down.float(), sum(sizes[:shared])
+        always = choose_shared(h, down, count, weights[some]) if count else torch.zeros(0, dtype=torch.long)
+        groups = group_neurons(x[some].float(), h, down, always, sizes[shared:], weights[some], generator)
+        sites.append(
+            SitePlan(match.site, tuple(always.tolist()), tuple(tuple(g) for g in groups), top_k, router="pregate")
+        )  # fmt: skip
+        stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
+    return sites
+
+
+def embedder(model: nn.Module, own_table: bool) -> Callable[[Tensor], Tensor]:
+    """What a router reads for (B, S) ids: the model's frozen embeddings (B, S, E) in float32, or the ids themselves."""
+    if own_table:
+        return lambda ids: ids
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return lambda ids: table(ids.to(table.weight.device)).detach().float()
+
+
+def _router(recipe: ReadMe, context: Context, members: list[Tensor]) -> tuple[PreGatingRouter, dict[str, Any]]:
+    """A distilled router, and what was measured on windows that it did not see."""
+    model: Any = context.captured.module
+    table = model.get_input_embeddings().weight
+    spec = PreGateSpec(
+        experts=members[0].shape[1],
+        input_width=int(table.shape[1]),
+        groups=len(members) if recipe.disjoint else 1,
+        vocabulary=int(table.shape[0]) if recipe.own_table else 0,
+        width=recipe.router_width,
+        heads=recipe.router_heads,
+        mlp_width=recipe.router_mlp,
+    )
+    targets = collect_targets(
+        context.captured, context.matches, context.batches, members, aligned=not recipe.disjoint,
+        active=recipe.distillation.active, progress=context.progress,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(context.seed)
+        router = PreGatingRouter(spec).to(table.device)
+        learnt = distil(
+            router,
+            embedder(model, recipe.own_table),
+            targets,
+            recipe.distillation,
+            seed=context.seed,
+            progress=context.progress,
+        )
+    if "agreement" in learnt:
+        context.progress.say(
+            f"router: {learnt['agreement']:.1%} of held-out choices are the dense model's own "
+            f"(a constant choice: {learnt['constant_agreement']:.1%})"
+        )
+    return router.eval(), learnt
+
+
+@torch.no_grad()
+def _choices(recipe: ReadMe, context: Context, router: PreGatingRouter, top_k: int) -> Tensor:
+    """(T, K) or (T, L, K): what the router chooses on the calibration tokens, in order."""
+    embed = embedder(context.captured.module, recipe.own_table)
+    parts = [router(embed(batch["input_ids"] if isinstance(batch, dict) else batch)) for batch in context.batches]
+    return torch.cat(parts).topk(top_k, dim=-1).indices
+
+
+@torch.no_grad()
+def _compensated(
+    recipe: ReadMe, context: Context, sites: list[SitePlan], members: list[Tensor], router: PreGatingRouter
+) -> tuple[list[SitePlan], dict[str, Tensor]]:
+    """Idle means, and a down projection refitted against the dense stream, layer by layer on the converted prefix."""
+    chosen = _choices(recipe, context, router, sites[0].top_k)
+    dense_stream, moe_stream = (Stream(context.captured, context.matches, context.batches) for _ in range(2))
+    planned: list[SitePlan] = []
+    tensors: dict[str, Tensor] = {}
+    for number, match in enumerate(context.progress.over(context.matches, "compensating")):
+        site, ffn = sites[number], DenseFFN.read(match.site, context.captured.module)
+        x_dense = dense_stream.tokens(number, dense_stream.inputs(number)).float()
+        x = moe_stream.tokens(number, moe_stream.inputs(number)).float()
+        y = torch.cat([ffn.output(ffn.hidden(part.to(ffn.up.dtype))).float() for part in x_dense.split(_CHUNK)])
+        hidden = torch.cat([ffn.hidden(part.to(ffn.up.dtype)).float() for part in x.split(_CHUNK)])
+        target = y
+        if match.residual is not None:
+            drift = dense_stream.residual(number).sub_(moe_stream.residual(number))
+            target = y + clipped(_DRIFT * drift, y)
+        ids = chosen[:, number] if recipe.disjoint else chosen
+        mask = _mask(ids, members[number].to(x.device), torch.tensor(site.shared, dtype=torch.long, device=x.device))
+        weights = token_weights(torch.maximum(y.norm(dim=1), target.norm(dim=1)))
+        down, bias = ffn.down.float(), None if ffn.down_bias is None else ffn.down_bias.float()
+        fitted = {MEANS: idle_means(hidden, mask, weights)}
+        if recipe.compensation == "refit":
+            fitted[DOWN], fitted[BIAS] = refit_down(hidden, mask, fitted[MEANS], down, bias, target, weights)
+        own, error = masked_outputs(hidden, mask, {DOWN: down, BIAS: torch.zeros_like(y[0]), **fitted}, bias, y, weights)
+        metrics = {**site.metrics, "calibration_error": round(error, 6)}
+        planned.append(replace(site, fitted=tuple(fitted), metrics=metrics))
+        tensors.update({f"{match.site.name}/{name}": value.cpu() for name, value in fitted.items()})
+        dense_stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
+        moe_stream.feed(build_block(planned[-1], fitted, ffn).eval(), own)
+    return planned, tensors
+
+
+def _mask(ids: Tensor, member: Tensor, shared: Tensor) -> Mask:
+    """From (T, K) chosen experts and (F, N) membership to (tokens, F) float masks of active neurons, a chunk at a time."""
+    always = torch.zeros(member.shape[0], device=member.device)
+    always[shared] = 1.0
+
+    def mask(start: int, stop: int) -> Tensor:
+        on = torch.zeros(stop - start, member.shape[1], device=member.device).scatter_(1, ids[start:stop], 1.0)
+        return (on @ member.t() + always).clamp_max(1.0)
+
+    return mask
