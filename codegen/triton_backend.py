@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import write_bytes
+from ..logs import log
 from .triton_cache import Device, constants_for
 from .triton_constants import Constants
 from .triton_emit import emit
@@ -315,7 +316,9 @@ def _check_device(x: Tensor) -> None:
 @functools.lru_cache(maxsize=256)
 def _tuned(spec: TritonSpec, device: torch.device) -> Constants | None:
     """What ``moecompile autotune`` measured for a spec on a device, looked up once per process."""
-    return constants_for(spec, Device.of(device), cache_folder() / "tuning") if device.type == "cuda" else None
+    found = constants_for(spec, Device.of(device), cache_folder() / "tuning") if device.type == "cuda" else None
+    log("autotune", f"{spec.name}: {'nothing measured here, reasoned launch constants' if found is None else found}")
+    return found
 
 
 @functools.cache

@@ -196,6 +196,8 @@ def _describe(record: GraphRecord) -> None:
         logs.log("match", f"graph {record.number}: {len(record.layers)} MoE layers")
         for layer in record.layers:
             logs.log("match", "  {site}: {backend} kernel, top_k {top_k}, router {router}".format(**layer))
+        for note in record.notes:
+            logs.log("match", f"  left alone: {note}")
     if "passes" in wanted:
         logs.log("passes", str(record))
         logs.log("passes", graph_text(record.graph_module))

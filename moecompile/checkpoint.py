@@ -68,6 +68,11 @@ class MoEModelMixin:
     moecompile_plan: MoEPlan
     moecompile_record: dict[str, Any]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The class is made at run time: a copy or a pickle names the dense one."""
+        own = next(kind for kind in type(self).__mro__ if kind.__bases__[:1] == (MoEModelMixin,))
+        return _bare, (own.__bases__[1], "forward" in own.__dict__), self.__dict__
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -114,6 +119,12 @@ def _moe_class(base: type[PreTrainedModel], front: bool) -> type[PreTrainedModel
     if front:
         own["forward"] = pregated(base)
     return type(base.__name__, (MoEModelMixin, base), own)
+
+
+def _bare(base: type[PreTrainedModel], front: bool) -> PreTrainedModel:
+    """A converted model without its attributes, which follow."""
+    kind = _moe_class(cast(Hashable, base), front)
+    return cast(PreTrainedModel, object.__new__(kind))
 
 
 def adopt(model: nn.Module, plan: MoEPlan, record: Mapping[str, Any] | None = None) -> nn.Module:

@@ -189,13 +189,17 @@ def _compiled_module(module: nn.Module, options: CompileOptions, dynamic: bool |
 
 
 def _compiled_class(base: type[nn.Module], options: CompileOptions, dynamic: bool | None) -> type[nn.Module]:
-    """A subclass whose instances are compiled, each for itself."""
+    """The class itself, its instances compiled, each for itself. A subclass would not do: ``super(Net, self)`` in the
+    class's own methods would find them again."""
+    original = base.__dict__.get("_moecompile_plain", base.__call__)
     compilations: WeakKeyDictionary[nn.Module, Compilation] = WeakKeyDictionary()
 
     def of(module: nn.Module) -> Compilation:
         found = compilations.get(module)
         if found is None:
-            plain = cast(nn.Module, object.__new__(base))
+            own = type(module)  # perhaps a subclass
+            attributes = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__call__": original}
+            plain = cast(nn.Module, object.__new__(type(own.__name__, (own,), attributes)))
             object.__setattr__(plain, "__dict__", module.__dict__)
             found = compilations[module] = Compilation(plain, options, dynamic)
         return found
@@ -203,14 +207,9 @@ def _compiled_class(base: type[nn.Module], options: CompileOptions, dynamic: boo
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return of(self)(*args, **kwargs)
 
-    attributes = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__call__": call,
-        "_moecompile": property(of),
-    }
-    return type(base.__name__, (base,), attributes)
+    for name, value in (("__call__", call), ("_moecompile_plain", original), ("_moecompile", property(of))):
+        setattr(base, name, value)
+    return base
 
 
 def _compiled_function(function: Callable[..., Any], options: CompileOptions, dynamic: bool | None) -> Callable[..., Any]:
@@ -271,8 +270,8 @@ def compile(
     """Compile a model, as ``torch.compile`` does, its expert FFNs by kernels written for them. Also a decorator.
 
     Args:
-        model: a converted model, a dense one (with ``plan``), a stock MoE of transformers, any other module, a module class,
-            a function or a method.
+        model: a converted model, a dense one (with ``plan``), a stock MoE of transformers, any other module, a module class
+            (which is changed: its instances are compiled), a function or a method.
         plan: split the dense model by this plan or recipe; the given model is left alone, what is not split is shared.
         calibration: model inputs for a recipe.
         mode: ``default``, ``reduce-overhead``, ``max-autotune`` or ``max-autotune-no-cudagraphs``.

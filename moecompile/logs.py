@@ -22,7 +22,7 @@ ARTIFACTS = {
     "passes": "each pass: how much it rewrote, and its notes",
     "hoist": "what becomes of routers",
     "output_code": "the generated code",
-    "autotune": "what was tuned and chosen (no kernel is tuned yet)",
+    "autotune": "which measured launch constants a Triton kernel takes, or that none were measured",
     "cache": "which kernels were built or found on disk",
 }
 
@@ -62,9 +62,10 @@ def disabled() -> frozenset[str]:
         return frozenset({"all"})
     names -= {"0", "false"}
     if names:
-        from .passes.pipeline import inference_passes  # at first use: passes need operators, which need this module
+        # At first use: passes need operators, which need this module.
+        from .passes.pipeline import closing_passes, inference_passes
 
-        known = [step.name for step in inference_passes()]
+        known = [step.name for step in (*inference_passes(), *closing_passes())]
         unknown = sorted(names - set(known))
         if unknown:
             raise InputError(f"MOECOMPILE_DISABLE: there is no pass '{unknown[0]}'; there are: all, {', '.join(known)}")

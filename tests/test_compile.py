@@ -70,7 +70,7 @@ def test_a_compiled_module_is_the_module() -> None:
 
 
 def test_copies_and_pickles_are_compiled_and_their_own() -> None:
-    for model, copied in ((plain(), copy.deepcopy), (dense_model(), lambda m: pickle.loads(pickle.dumps(m)))):
+    for model, copied in ((plain(), copy.deepcopy), (calibrated(), lambda m: pickle.loads(pickle.dumps(m)))):
         fast = without_inductor(moecompile.compile(model))
         other = copied(fast)
         close(logits(without_inductor(other)), logits(fast))
@@ -96,11 +96,15 @@ def test_decorators() -> None:
     @moecompile.compile(fullgraph=True)
     class Net(nn.Module):
         def __init__(self, scale: float) -> None:
-            super().__init__()
+            super(Net, self).__init__()  # noqa: UP008
             self.scale = scale
 
         def forward(self, ids: Tensor) -> Tensor:
             return moe(input_ids=ids).logits * self.scale
+
+    class Half(Net):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) / 2
 
     class Holder:
         @moecompile.compile(fullgraph=True)
@@ -108,11 +112,11 @@ def test_decorators() -> None:
             return moe(input_ids=ids).logits
 
     without_inductor(plainly), without_inductor(Holder.method)
-    nets = [without_inductor(Net(1.0)), without_inductor(Net(2.0))]
+    nets = [without_inductor(net) for net in (Net(1.0), Net(2.0), Half(2.0))]
     reference = logits(moe)
     assert plainly.__doc__ == "Its text." and isinstance(nets[0], nn.Module)
     with torch.no_grad():
-        for found in (plainly(IDS), Holder().method(IDS), nets[0](IDS), nets[1](IDS) / 2):
+        for found in (plainly(IDS), Holder().method(IDS), nets[0](IDS), nets[1](IDS) / 2, nets[2](IDS)):
             close(found, reference)
     for compiled in (plainly, Holder.method, *nets):
         assert len(moecompile.last_graphs(compiled)[-1].layers) == 2
