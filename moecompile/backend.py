@@ -58,6 +58,13 @@ class CompileOptions:
             raise InputError(f"there is no mode '{self.mode}'; there are: {', '.join(MODES)}")
         if self.weights not in WEIGHTS:
             raise InputError(f"weights cannot be '{self.weights}'; there are: {', '.join(WEIGHTS)}")
+        if self.options:
+            from torch._inductor import config
+
+            known = config.get_config_copy()
+            unknown = [name for name, _ in self.options if str(name).replace("-", "_") not in known]
+            if unknown:
+                raise InputError(f"Inductor has no option '{unknown[0]}'; torch._inductor.list_options() names them")
 
 
 @dataclass

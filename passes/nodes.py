@@ -4,6 +4,7 @@ wrote it. Passes ask for a meaning (``linear``) and never for a spelling."""
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -106,6 +107,7 @@ def readable(path: str) -> str:
     """``L['self']._modules['model'].layers.0.mlp`` -> ``model.layers.0.mlp``."""
     for old, new in (("L['", ""), ("']._modules['", "."), ("._modules['", "."), ("']", ""), ("['", ".")):
         path = path.replace(old, new)
+    path = re.sub(r"getattr\((.+), '(\w+)'\)", r"\1.\2", path)
     parts = path.split(".")
     while parts and parts[0] in ("self", "target", "module", "fn", "_orig_mod", ""):
         parts = parts[1:]

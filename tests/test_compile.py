@@ -145,6 +145,8 @@ def test_options_that_make_no_sense() -> None:
     for options in ({"mode": "fastest"}, {"weights": "int3"}):
         with pytest.raises(InputError, match="there are"):
             moecompile.compile(plain(), **options)
+    with pytest.raises(InputError, match="no option 'fastest'"):
+        moecompile.compile(plain(), options={"fastest": True})
     with pytest.raises(InputError, match="plan="):
         moecompile.compile(lambda x: x, plan=Calibrated())
     with pytest.raises(InputError, match="takes a module"):
@@ -320,6 +322,9 @@ def test_an_inline_ffn_is_rewritten_in_the_graph() -> None:
     fast = moecompile.compile(model, plan=Contiguous(4, 0, 4), example_inputs=(x,), fullgraph=True)
     with torch.no_grad():
         close(without_inductor(fast)(x), model(x))
+        half = without_inductor(moecompile.compile(model, plan=Contiguous(4, 0, 2), example_inputs=(x,), fullgraph=True))
+        half(x)
+    assert [layer["site"] for layer in moecompile.last_graphs(half)[0].layers] == ["moe_blocks.0"]
 
 
 def test_verification(monkeypatch: pytest.MonkeyPatch) -> None:
