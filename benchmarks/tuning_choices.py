@@ -2,8 +2,9 @@
 
     python benchmarks/tuning_choices.py --text a.txt b.txt [--output benchmarks/results/tuning_choices.json]
 
-A small Llama (4 layers, D 128, F 384, bytes as tokens) is trained on the first nine tenths of the texts, converted with half of
-its neurons active (24 experts, 8 chosen, 8 shared slices), then tuned with each setting from the same start on the same batches.
+A small Llama (4 layers, D 128, F 384, bytes as tokens) is trained on the first nine tenths of the texts, converted with half
+of its neurons active (24 experts, 8 chosen, 8 shared slices), then tuned with each setting from the same start on the same
+batches.
 Perplexity per byte on windows of the last tenth. It says which setting is better on a model of this size, nothing about larger
 ones.
 """
@@ -83,8 +84,8 @@ def main() -> None:
     """Train, convert, tune with each setting, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="+", type=Path, required=True)
-    parser.add_argument("--train-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--train-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "tuning_choices.json")
     options = parser.parse_args()
     rows, held = windows(options.text)
