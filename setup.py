@@ -30,6 +30,7 @@ setup(
         "moecompile.passes",
         "moecompile.recipes",
         "moecompile.report",
+        "moecompile.tuning",
     ],
     package_dir={
         "moecompile": "moecompile",
