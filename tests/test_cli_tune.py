@@ -85,6 +85,8 @@ def test_tune_replaces_the_folder_and_says_what_it_did(
     record = json.loads((moe / "moecompile.json").read_text())
     assert record["tuning"][0]["perplexity_after"] == result["perplexity_after"] and len(record["tuning"][0]["curve"]) == 20
     assert len(record["diagnosis"]["layers"]) == 2
+    assert [one["fraction"] for one in record["usage"]] == [one["usage"] for one in record["diagnosis"]["layers"]]
+    assert "640 tokens of a.txt, b.txt" in (moe / "README.md").read_text()
     assert not list(moe.parent.glob(".moe.*")), "the checkpoint and what was written aside are gone"
     assert moecompile.load(moe)(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
     assert main(["report", str(moe)]) == 0

@@ -154,6 +154,7 @@ def _tune(
     if world()[0] != 0:
         return {}
     record["diagnosis"] = balance(moe, dense, [{"input_ids": row[None]} for row in rows], progress=progress)
+    record["usage"] = [{"site": one["site"], "fraction": one["usage"]} for one in record["diagnosis"]["layers"]]
     result["seconds"] = round(time.perf_counter() - start, 3)
     result["peak_rss_bytes"] = peak_rss_bytes()
     record["tuning"] = [*record.get("tuning", ()), {**result, "curve": thinned(tuning.curve)}]
