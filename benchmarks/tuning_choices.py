@@ -4,8 +4,8 @@
 
 A small Llama (4 layers, D 128, F 384, bytes as tokens) is trained on the first nine tenths of the texts, converted (by default
 with half of its neurons active: 24 experts, 8 chosen, 8 shared slices), then tuned with each setting from the same start on the
-same batches. Perplexity per byte on windows of the last tenth. One seed; it says which setting is better on a model of this size,
-nothing about larger ones.
+same batches. Perplexity per byte on windows of the last tenth. One seed; it says which setting is better on a model of this
+size, nothing about larger ones.
 """
 
 from __future__ import annotations
