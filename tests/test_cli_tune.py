@@ -125,6 +125,27 @@ def test_a_killed_command_goes_on(moe: Path, texts: list[Path], tmp_path: Path, 
     assert not (tmp_path / ".out.tuning").exists()
 
 
+def test_an_interrupted_command_says_how_to_go_on(
+    moe: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moecompile.tuning import loop
+
+    write = loop.write_state
+
+    def interrupted(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    before = (moe / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "write_state", interrupted)
+        assert tune(moe, texts, "--save-every", 4) == 2
+    assert "step-00000004" in capsys.readouterr().err
+    assert (moe / "model.safetensors").read_bytes() == before
+    assert tune(moe, texts, "--save-every", 4, "--restart") == 0
+    assert json.loads((moe / "moecompile.json").read_text())["tuning"][0]["resumed_from"] == 0
+
+
 def test_where_the_dense_model_is(original: Path, moe: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((moe / "moecompile.json").read_text())
     assert record["source_path"] == str((original / "dense").resolve())

@@ -147,7 +147,12 @@ def _tune(
     facts = {"data": fingerprint(batches.rows[batches.order]), "model": _model_mark(moe)}
     rows = held.to(device)
     before = _before(folder, moe, dense, rows, progress)
-    tuning = tune(moe, dense, batches, config, folder=folder, facts=facts, progress=progress)
+    try:
+        tuning = tune(moe, dense, batches, config, folder=folder, facts=facts, progress=progress)
+    except KeyboardInterrupt:
+        if (state := latest(folder)) is None:
+            raise
+        raise InputError(f"interrupted; the same command goes on from {state}, --restart throws it away") from None
     after = perplexity(moe, rows, progress=progress)["perplexity"]
     result = _result(options, config, tuning, before, after, held)
     result["active_fraction"] = round(active_fraction(moe), 6)
