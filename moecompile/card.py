@@ -50,6 +50,9 @@ def model_card(record: Mapping[str, Any], plan: MoEPlan) -> str:
     if calibration:
         files = ", ".join(calibration.get("files", ()))
         rows.append(("calibration", f"{calibration.get('tokens', 0)} tokens of {files}"))
+    for run in record.get("tuning") or ():
+        change = f"perplexity {run['perplexity_before']:.2f} to {run['perplexity_after']:.2f} on their held-out tenth"
+        rows.append(("tuning", f"{run['tokens']} tokens of {', '.join(run['texts'])}: {change}"))
     text += "\n## How it was made\n\n" + _table(("", ""), rows)
     evaluations = record.get("evaluations") or ()
     if evaluations:

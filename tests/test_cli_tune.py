@@ -85,6 +85,8 @@ def test_tune_replaces_the_folder_and_says_what_it_did(
     record = json.loads((moe / "moecompile.json").read_text())
     assert record["tuning"][0]["perplexity_after"] == result["perplexity_after"] and len(record["tuning"][0]["curve"]) == 20
     assert len(record["diagnosis"]["layers"]) == 2
+    assert [one["fraction"] for one in record["usage"]] == [one["usage"] for one in record["diagnosis"]["layers"]]
+    assert "640 tokens of a.txt, b.txt" in (moe / "README.md").read_text()
     assert not list(moe.parent.glob(".moe.*")), "the checkpoint and what was written aside are gone"
     assert moecompile.load(moe)(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
     assert main(["report", str(moe)]) == 0
@@ -121,6 +123,27 @@ def test_a_killed_command_goes_on(moe: Path, texts: list[Path], tmp_path: Path, 
     records = [json.loads((folder / "moecompile.json").read_text())["tuning"][0] for folder in (whole, out)]
     assert records[0]["curve"] == records[1]["curve"] and records[1]["resumed_from"] == 4
     assert not (tmp_path / ".out.tuning").exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    moe: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moecompile.tuning import loop
+
+    write = loop.write_state
+
+    def interrupted(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    before = (moe / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "write_state", interrupted)
+        assert tune(moe, texts, "--save-every", 4) == 2
+    assert "step-00000004" in capsys.readouterr().err
+    assert (moe / "model.safetensors").read_bytes() == before
+    assert tune(moe, texts, "--save-every", 4, "--restart") == 0
+    assert json.loads((moe / "moecompile.json").read_text())["tuning"][0]["resumed_from"] == 0
 
 
 def test_where_the_dense_model_is(original: Path, moe: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
