@@ -131,7 +131,7 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, T
 
     pool = max(experts // 2, chosen) if case.pick == "few" else experts
     rows = [torch.randperm(pool, generator=g)[:chosen] for _ in range(tokens)]
-    rows = [rows[0]] * tokens if case.pick == "same" else rows
+    rows = rows[:1] * tokens if case.pick == "same" else rows
     ids = torch.stack(rows) if tokens else torch.zeros(0, chosen, dtype=torch.long)
     lines, shared = width * (2 if case.gated else 1), case.shared
     gate = shared and case.gated
