@@ -58,7 +58,7 @@ setup(
             "gguf>=0.10",
             "accelerate>=1.0",
             # Compiles for every target without a GPU; torch's CUDA build brings the same package.
-            "triton>=3.6,<3.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "triton>=3.7,<3.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

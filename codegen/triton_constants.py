@@ -86,21 +86,25 @@ def heuristic(spec: TritonSpec) -> Constants:
         "PAIRS: four 16-byte loads in flight per thread; bandwidth is all that counts there, as in SUM.",
         "MAP: few experts have more than 128 tiles; one warp has little to do.",
     )
-    # Three products are alive at once; 64 x 64 of each spill in float32, and on gfx1100 in 16 bits too.
-    columns = 64 if size == 2 and spec.target.backend == "cuda" else 32
-    depth, rows = 32, 64
-    if size == 4 and spec.target.backend == "hip":
-        depth, rows, columns = 16, 32, 16  # exact float32 products hold both operands in registers there
-    back = tuple(replace(_fitted(spec, replace(tile, block_n=columns, stages=3)), block_k=depth) for tile in tiles)
-    if spec.target.backend == "hip" and spec.target.lanes == 32:  # gfx1100 spills with four warps of 32
-        back = tuple(replace(tile, warps=8) if tile.block_m > 16 else tile for tile in back)
-        back = tuple(replace(tile, block_n=16) if tile.block_m > 64 else tile for tile in back)
-    weights = replace(_fitted(spec, Tiles(rows, rows, 32, 1, 4, 3)), block_k=depth)
-    back_why = (
-        "NOT TUNED: few columns, for three products are alive at once; 64 x 64 of a weight's gradient, as sums take turns.",
-    )
+    back, weights = _backward(spec, tiles)
+    back_why = ("NOT TUNED: few columns and many warps, for three products are alive at once, and an activation's derivative.",)
     pairs = Pairs(16, 512 // size, 4)
     return Constants(tuple(tiles), pairs, 2048 // size, _RANK_LIMIT, why, back, weights, back_why)
+
+
+def _backward(spec: TritonSpec, tiles: list[Tiles]) -> tuple[tuple[Tiles, ...], Tiles]:
+    """Constants of the gradients: the widest that did not spill on any target, with gelu, which has the longest derivative."""
+    hip = spec.target.backend == "hip"
+    exact = spec.element_bytes == 4  # float32 products hold both operands in registers
+    depth = 16 if exact else 32
+    back = []
+    for tile in tiles:
+        columns = 16 if hip and (exact or tile.block_m > 64) else 32 if hip or exact or tile.block_m > 64 else 64
+        warps = tile.warps if tile.block_m <= 16 else 8
+        stages = 2 if hip else 3
+        back.append(replace(tile, block_n=columns, block_k=depth, warps=warps, stages=stages))
+    side = 32 if exact and hip else 64
+    return tuple(back), Tiles(side, side, depth, 1, 4, 2 if hip else 3)
 
 
 def tuned(spec: TritonSpec, tiles: dict[int, Tiles], pairs: Pairs | None, source: str) -> Constants:

@@ -92,9 +92,10 @@ GRADIENTS = ["hidden_back", "input_back", "weight_back"]
 
 
 def test_gradients_compile() -> None:
-    found = check(replace(SPEC, direction="backward"), blocks=[64], only=GRADIENTS)
-    assert set(found) == {"hidden_back/64", "input_back/64", "weight_back/up", "weight_back/down"}
-    assert {used.mma for used in found.values()} == {"wgmma.mma_async"}
+    found = check(replace(SPEC, direction="backward"), blocks=[64], only=[*GRADIENTS, "bias_back", "bias_dot"])
+    products = {"hidden_back/64", "input_back/64", "weight_back/up", "weight_back/down"}
+    assert set(found) == products | {"bias_back/up", "bias_back/down", "bias_dot"}
+    assert {found[name].mma for name in products} == {"wgmma.mma_async"}
 
 
 @pytest.mark.slow

@@ -66,6 +66,25 @@ def test_everything_interpreted(cache: Path) -> None:
     interpret("all")
 
 
+def test_the_benchmark_runs_dry(cache: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "kernels.py"
+    command = [sys.executable, script, "--dry", "--output", cache / "out"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((cache / "out" / "kernels-dry.json").read_text())
+    assert all(
+        row["error"] < 1e-5 and row["gradient_error"] < 1e-5 and row["same_bits"] for row in record["correctness"]["value"]
+    )
+    for stage in ("forward", "backward"):
+        rows = record[stage]["value"]
+        assert {row["system"] for row in rows} >= {"ours", "grouped_mm", "batched_mm"} and not any(
+            "failed" in row for row in rows
+        )
+    assert (
+        "times mean nothing" in record["device"] and "| tiny | skewed | 6 |" in (cache / "out" / "kernels-dry.md").read_text()
+    )
+
+
 def test_source_stands_alone() -> None:
     source = emit(replace(SPEC, direction="backward"))
     imported: set[str | None] = set()

@@ -131,7 +131,7 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, T
 
     pool = max(experts // 2, chosen) if case.pick == "few" else experts
     rows = [torch.randperm(pool, generator=g)[:chosen] for _ in range(tokens)]
-    rows = [rows[0]] * tokens if case.pick == "same" else rows
+    rows = rows[:1] * tokens if case.pick == "same" else rows
     ids = torch.stack(rows) if tokens else torch.zeros(0, chosen, dtype=torch.long)
     lines, shared = width * (2 if case.gated else 1), case.shared
     gate = shared and case.gated
@@ -397,7 +397,13 @@ def check_format(form: str, group: int, tokens: int, gated: bool = True) -> floa
         **more, shared=kernel.module.Shared(*shared), bias=tensors["bias"],
     )  # type: ignore[arg-type]  # fmt: skip
     wanted = expected(case, values)
-    return float((y.double() - wanted).abs().max() / wanted.abs().max())
+    try:  # weights of another format are refused, not misread
+        other = given["up"].view(torch.int8 if form != "int8" else torch.uint8)
+        kernel(tensors["x"], tensors["ids"], None, other, given["down"], **more, shared=kernel.module.Shared(*shared))
+    except ValueError as error:
+        assert "made for" in str(error)
+        return float((y.double() - wanted).abs().max() / wanted.abs().max())
+    raise AssertionError("weights of another format were taken")
 
 
 FORMATS = [("int8", 0, 3), ("int4", 32, 9), ("int4", 0, 2), ("int8", 32, 2), ("fp8", 0, 9)]
