@@ -54,7 +54,7 @@ class Distillation:
         held: share of the windows that is measured on and not trained on.
     """
 
-    steps: int = 400
+    steps: int = 100
     batch: int = 8
     lr: float = 5e-4
     weight_decay: float = 0.01

@@ -23,6 +23,7 @@ from ..ops import expert_ffn
 from ..pregate import PreGatingRouter
 from .base import PassResult, clone
 from .match_experts import operands_of
+from .motion import ancestors, is_random, node_key, to_the_front
 from .nodes import (
     argument,
     aten,
@@ -37,9 +38,7 @@ from .nodes import (
 )
 
 _EXPERTS = (expert_ffn._opoverload, expert_ffn._opoverload.overloadpacket)
-_RANDOM = ("dropout", "rand", "rand_like", "randn", "randn_like", "randint", "bernoulli", "multinomial", "normal")
 _EMBEDDINGS = (torch.nn.functional.embedding, aten.embedding.default)
-_ATTENTION = (torch.nn.functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 MODULE = "pregating_router"
 
 
@@ -89,7 +88,7 @@ class HoistRouter:
         if self.router is not None and reasons:
             return self._replaced(result, readers, graph_module)
         notes = [f"{_listed(sites)}: {reason}; it needs a trained pre-gating router" for reason, sites in reasons.values()]
-        count = _to_the_front(result.graph, [topk for topk, _ in kept])
+        count = to_the_front(result.graph, [topk for topk, _ in kept])
         count += _merge_equal(result.graph, [topk for topk, _ in kept])
         left = dict.fromkeys(topk for topk, _ in _by_choice(readers_of(result.graph)) if topk is not None)
         merged, more = _one_topk(result.graph, [topk for topk in left if topk in {each for each, _ in kept}], self.name)
@@ -107,7 +106,7 @@ class HoistRouter:
         tokens, mask, k = found
         graph, spec = result.graph, self.router.spec
         result.add_submodule(MODULE, self.router)
-        _to_the_front(graph, [node for node in (tokens, mask) if node is not None])
+        to_the_front(graph, [node for node in (tokens, mask) if node is not None])
         with graph.inserting_after(tokens):
             scores = graph.call_module(MODULE, (tokens,) if mask is None else (tokens, mask))
         _value(scores, lambda: self._fake_scores(tensor_of(tokens)))
@@ -194,18 +193,6 @@ def _by_choice(readers: Iterable[Reader]) -> list[tuple[Node | None, list[Reader
     return list(groups.items())
 
 
-def ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """Everything that nodes depend on, themselves included."""
-    found: set[Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
-
-
 def _refusal(topk: Node, readers: list[Reader], changed: frozenset[Node]) -> tuple[str, str]:
     """(kind, reason) why a choice cannot be known at the front; empty where it is proved that it can."""
     depends = ancestors([topk])
@@ -221,37 +208,9 @@ def _refusal(topk: Node, readers: list[Reader], changed: frozenset[Node]) -> tup
     if depends & changed:
         return "written", f"node {min(n.name for n in depends & changed)}: what the router reads is changed in place"
     for node in depends:
-        if writes(node) or _random(node):
+        if writes(node) or is_random(node):
             return "moved", f"node {node.name}: what the router computes may not be moved"
     return "", ""
-
-
-def _random(node: Node) -> bool:
-    """Whether an operator draws random numbers; a dropout that is off does not."""
-    if meaning(node) == "dropout":
-        return bool(argument(node, 2, "training", True)) and argument(node, 1, "p", 0.5) != 0.0
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.target in _ATTENTION:
-        return argument(node, 4, "dropout_p", 0.0) != 0.0
-    tags = getattr(node.target, "tags", ())
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return torch.Tag.nondeterministic_seeded in tags or str(name).split(".")[0] in _RANDOM
-
-
-def _to_the_front(graph: Graph, nodes: list[Node]) -> int:
-    """Move nodes and all that they depend on above everything else; returns how many changed places with another node."""
-    wanted = ancestors(nodes)
-    anchor = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr") and n not in wanted), None)
-    if anchor is None:
-        return 0
-    moved, behind = 0, False
-    for node in list(graph.nodes):
-        behind = behind or node is anchor
-        if behind and node in wanted and node.op != "placeholder":
-            anchor.prepend(node)
-            moved += node.op != "get_attr"
-    return moved
 
 
 def _merge_equal(graph: Graph, topks: list[Node]) -> int:
@@ -260,7 +219,7 @@ def _merge_equal(graph: Graph, topks: list[Node]) -> int:
     for node in list(graph.nodes):
         if node not in wanted or node.op not in ("call_function", "call_method", "get_attr"):
             continue
-        key = _key(node)
+        key = node_key(node)
         if key is None:
             continue
         same = first.setdefault(key, node)
@@ -270,36 +229,16 @@ def _merge_equal(graph: Graph, topks: list[Node]) -> int:
             merged += node.op != "get_attr"
     for topk in [n for n in graph.nodes if meaning(n) == "topk"]:  # its parts are read behind the slice
         for item in list(topk.users):
-            same = first.setdefault(_key(item), item)
+            same = first.setdefault(node_key(item), item)
             if same is not item and meaning(item) == "item":
                 item.replace_all_uses_with(same)
                 graph.erase_node(item)
     for node in [n for n in graph.nodes if n.op == "call_function" and n.target in _VIEWS and choice_of(n) is not None]:
-        same = first.setdefault(_key(node), node)
+        same = first.setdefault(node_key(node), node)
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
     return merged
-
-
-def _key(node: Node) -> Any:
-    """Equal for nodes that compute the same; None where an argument cannot be compared."""
-
-    def frozen(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return tuple(frozen(item) for item in value)
-        if isinstance(value, slice):  # (not hashable before Python 3.12)
-            return slice, frozen(value.start), frozen(value.stop), frozen(value.step)
-        if isinstance(value, dict):
-            return tuple(sorted((name, frozen(item)) for name, item in value.items()))
-        return (type(value), value) if not isinstance(value, Node) else value
-
-    key = (node.op, node.target, frozen(node.args), frozen(node.kwargs))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
 
 
 def _one_topk(graph: Graph, topks: list[Node], step: str) -> tuple[int, list[str]]:
@@ -414,4 +353,4 @@ def hoisted(graph_module: GraphModule) -> bool:
     return len(choices) == 1 and None not in choices
 
 
-__all__ = ["MODULE", "HoistRouter", "ancestors", "choice_of", "hoisted"]
+__all__ = ["MODULE", "HoistRouter", "choice_of", "hoisted", "readers_of"]

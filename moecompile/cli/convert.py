@@ -72,7 +72,7 @@ def add(commands: Any) -> None:
     sub.add_argument("--ranking", choices=("activation", "output"), help="recipe read-me: neurons by |a|, or by |a| |w|")
     sub.add_argument("--own-table", action="store_const", const=True, help="recipe read-me: the router's own embedding table")
     sub.add_argument(
-        "--router-steps", type=int, metavar="N", help="recipe read-me: training steps of the router (default: 400)"
+        "--router-steps", type=int, metavar="N", help="recipe read-me: training steps of the router (default: 100)"
     )
     sub.add_argument(
         "--plain-statistics", action="store_const", const=True, help="recipe flap: all tokens alike, as in the paper"
