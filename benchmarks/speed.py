@@ -362,14 +362,14 @@ def main() -> None:
         write_bytes(options.output / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
         write_bytes(options.output / "speed.md", markdown(result).encode())
 
-    if not options.no_compile_time:
-        result["compile_seconds"] = compile_seconds(dense)
-        keep()
     for dtype in options.dtype:
         for phase in options.phase:
             say(f"  {phase}, {dtype}")
             result["rows"] += table(dense, getattr(torch, dtype), phase, options)
             keep()
+    if not options.no_compile_time:
+        result["compile_seconds"] = compile_seconds(dense)
+        keep()
     print(markdown(result))
 
 
