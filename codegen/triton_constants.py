@@ -126,6 +126,8 @@ def _fitted(spec: TritonSpec, tile: Tiles) -> Tiles:
             tile = replace(tile, block_n=64)  # 128 columns of 8-bit weights spill on gfx1100
         if spec.element_bytes == 4 and tile.block_m > 16:
             tile = replace(tile, block_n=32)
+    elif int(spec.target.arch) >= 100 and spec.quantised and tile.block_m > 64:
+        tile = replace(tile, block_n=64)  # 128 columns of 8-bit weights spill on cc 10.0
     if spec.group_size:
         tile = replace(tile, block_k=math.gcd(tile.block_k, spec.group_size))
     return tile
