@@ -120,9 +120,14 @@ def _fitted(spec: TritonSpec, tile: Tiles) -> Tiles:
     """What a device and a format ask of a tile."""
     if spec.target.backend == "hip":
         # 64 KB of shared memory; 2-byte elements with BLOCK_K = 64 spill on gfx1100 (its compiler says so).
-        tile = replace(tile, block_k=32, stages=2)
+        # So do exact float32 products with BLOCK_K = 32.
+        tile = replace(tile, block_k=16 if spec.element_bytes == 4 else 32, stages=2)
         if spec.quantised and tile.block_m > 16:
             tile = replace(tile, block_n=64)  # 128 columns of 8-bit weights spill on gfx1100
+        if spec.element_bytes == 4 and tile.block_m > 16:
+            tile = replace(tile, block_n=32)
+    elif int(spec.target.arch) >= 100 and spec.quantised and tile.block_m > 64:
+        tile = replace(tile, block_n=64)  # 128 columns of 8-bit weights spill on cc 10.0
     if spec.group_size:
         tile = replace(tile, block_k=math.gcd(tile.block_k, spec.group_size))
     return tile
