@@ -105,7 +105,7 @@ def test_blocks_use_the_plan(aligned: bool) -> None:
         own = chosen if aligned else chosen[:, number]
         block.choose = lambda x, k=None, own=own: (own, torch.ones_like(own, dtype=x.dtype))
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_dial_turned_in_the_middle() -> None:
@@ -175,7 +175,7 @@ def test_round_trip(name: str, aligned: bool, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     ids = tokens(2, 7)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(loaded.generate(ids, eos_token_id=None, **GREEDY), model.generate(ids, eos_token_id=None, **GREEDY))
     assert loaded.moecompile_plan.router == "pregate"
 
