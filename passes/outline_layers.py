@@ -69,8 +69,9 @@ class OutlineLayers:
             return PassResult(
                 graph_module, 0, (f"{prefix}: layers stay inline: {mode.name} changes how what follows it is run",)
             )
-        notes = [f"{prefix}: layers stay inline: {reason}" for group in groups if (reason := _objection(group[0]))]
-        chosen = [group for group in groups if not _objection(group[0])]
+        objections = [_objection(group[0]) for group in groups]
+        notes = [f"{prefix}: layers stay inline: {reason}" for reason in objections if reason]
+        chosen = [group for group, reason in zip(groups, objections, strict=True) if not reason]
         if not chosen:
             return PassResult(graph_module, 0, tuple(notes))
         result = clone(graph_module)
@@ -79,7 +80,6 @@ class OutlineLayers:
         for number, group in enumerate(chosen):
             copies = [(s.place, [places[node.name] for node in s.nodes]) for s in group]
             changed += _outline(result, copies, f"{self.name}_{number}", self.name)
-        result.graph.lint()
         result.recompile()
         return PassResult(result, changed, tuple(notes))
 
@@ -238,7 +238,7 @@ def _outline(result: GraphModule, group: list[tuple[str, list[Node]]], name: str
         with graph.inserting_before(following):
             subgraph = graph.get_attr(name)
             call = graph.call_function(invoke_subgraph, (subgraph, name, *stretch.operands))
-            values = tuple(value_of(node) for node in stretch.results)
+            values, inside = tuple(value_of(node) for node in stretch.results), set(stretch.nodes)
             call.meta["example_value"] = values
             call.meta["moecompile"] = {"pass": step, "from": (stretch.place,)}
             if "nn_module_stack" in stretch.nodes[0].meta:
@@ -247,7 +247,6 @@ def _outline(result: GraphModule, group: list[tuple[str, list[Node]]], name: str
                 item = graph.call_function(operator.getitem, (call, index))
                 item.meta.update(node.meta)
                 item.meta["example_value"] = value
-                inside = set(stretch.nodes)
                 node.replace_all_uses_with(item, delete_user_cb=lambda user, inside=inside: user not in inside)
         for node in reversed(stretch.nodes):
             graph.erase_node(node)
