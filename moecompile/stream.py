@@ -38,6 +38,7 @@ class Stream:
         self._attributes: dict[fx.Node, Any] = {}
         self._position = 0
         self._states = [self._initial(batch) for batch in batches]
+        self._inputs = [dict(state) for state in self._states]
         self._keep: list[Tensor | None] = [self._token_mask(batch) for batch in batches]
 
     def _initial(self, batch: Any) -> dict[fx.Node, Any]:
@@ -110,6 +111,42 @@ class Stream:
             for node in self._dead_behind[self._position]:
                 state.pop(node, None)
         self._position += 1
+
+    @torch.no_grad()
+    def outputs(self, index: int, ffn_output: Tensor) -> list[Tensor]:
+        """The model's outputs for batch ``index`` if the present FFN gave this and all behind it stayed dense.
+
+        The stream itself stays where it is.
+
+        Args:
+            index: number of the batch.
+            ffn_output: what the present FFN puts out, in the shape of its input.
+
+        Returns:
+            The tensors among the graph's outputs.
+        """
+        match = self.matches[self._position]
+        values = {**self._inputs[index], **self._states[index], match.out: ffn_output}
+        output = next(node for node in self.captured.graph_module.graph.nodes if node.op == "output")
+        needed, pending = set[fx.Node](), list(output.all_input_nodes)
+        while pending:
+            node = pending.pop()
+            if node not in needed and node not in values and node.op == "call_function":
+                needed.add(node)
+                pending += node.all_input_nodes
+        order = [node for node in self.captured.graph_module.graph.nodes if node in needed]
+        last = {source: node for node in order for source in node.all_input_nodes if source in needed}
+        kept = set(output.all_input_nodes)
+        dead: dict[fx.Node, list[fx.Node]] = {}
+        for source, user in last.items():
+            if source not in kept:
+                dead.setdefault(user, []).append(source)
+        for node in order:
+            self._run(node, values)
+            for source in dead.get(node, ()):
+                del values[source]
+        found = [self._attribute(node) if node.op == "get_attr" else values[node] for node in output.all_input_nodes]
+        return [value for value in found if isinstance(value, Tensor)]
 
     def _run(self, node: fx.Node, state: dict[fx.Node, Any]) -> None:
         def value(argument: fx.Node) -> Any:

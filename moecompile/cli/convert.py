@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..files import check_new_folder
 from ..hub import check_positions, load_dense, local_path, stored_dtype
 from ..recipes import RECIPES, ReadMe, Recipe
+from ..recipes.survey import BUDGETS
 from ..text import calibration_windows
 from ..version import __version__
 from . import command
@@ -53,6 +54,12 @@ def add(commands: Any) -> None:
     sub.add_argument("--shared", type=int, metavar="S", help="slices that are always on")
     sub.add_argument("--top-k", type=int, metavar="K", help="experts chosen per token; active fraction = (S + K) / (N + S)")
     sub.add_argument("--active-fraction", type=float, metavar="A", help="recipes static and flap: share of neurons that stay")
+    sub.add_argument(
+        "--budget",
+        choices=BUDGETS,
+        help="recipe calibrated: top-k of each layer by what idle experts do to the model's output, K on average, or even "
+        "(default: effect)",
+    )
     sub.add_argument(
         "--compensation",
         choices=("none", "means", "refit"),
@@ -122,7 +129,8 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 
 _SETTINGS = (
-    "experts", "shared", "top_k", "active_fraction", "compensation", "plain_statistics", "disjoint", "ranking", "own_table",
+    "experts", "shared", "top_k", "active_fraction", "budget", "compensation", "plain_statistics", "disjoint", "ranking",
+    "own_table",
 )  # fmt: skip
 
 

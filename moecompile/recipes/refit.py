@@ -10,7 +10,7 @@ carried onto the active ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,19 @@ RIDGE = 0.5
 _FLOOR = 1e-5  # of the mean second moment, for neurons that are never active
 
 Mask = Callable[[int, int], Tensor]
+
+
+def neuron_mask(chosen: Tensor, experts: Sequence[Sequence[int]], width: int) -> Mask:
+    """From the (T, N) bool choice of experts to (tokens, F) float masks of active neurons, a chunk at a time."""
+    owner = torch.full((width,), len(experts), dtype=torch.long, device=chosen.device)  # the extra column is always on
+    for number, neurons in enumerate(experts):
+        owner[list(neurons)] = number
+
+    def mask(start: int, stop: int) -> Tensor:
+        part = chosen[start:stop]
+        return torch.cat([part, torch.ones_like(part[:, :1])], dim=1).float()[:, owner]
+
+    return mask
 
 
 def idle_means(hidden: Tensor, mask: Mask, weights: Tensor) -> Tensor:
