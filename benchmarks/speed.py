@@ -7,7 +7,8 @@ all alike. Medians over rounds; ``speedup`` is over dense in the same dtype. Row
 
     dense             the model under torch.compile (Inductor)
     static 50%, 25%   a dense model of half, a quarter of the FFN width under torch.compile: the practical ceiling
-    ours 50%, 25%     the split model under moecompile.compile; with int8, the experts' weights are read as int8
+    ours 50%, 25%     the split model under moecompile.compile; with int8, the experts' weights are read as int8; with int8-all,
+                      those of projections and head too
     batched_mm, ...   the same split, the same weights and router, experts by transformers' implementations under torch.compile
                       (eager: without torch.compile, which would compile each of its loops' graphs anew)
 
@@ -152,8 +153,9 @@ def prefiller(call: Any, vocabulary: int, length: int) -> Step:
     return step
 
 
-def measure(steps: dict[str, Step], rounds: int, repeat: int) -> dict[str, float]:
-    """Median seconds per step over rounds; within a round each system takes ``repeat`` steps, of which the median counts."""
+def measure(steps: dict[str, Step], rounds: int, repeat: int, ask: bool = False) -> dict[str, float]:
+    """Median seconds per step over rounds; within a round each system takes ``repeat`` steps, of which the median counts.
+    With ``ask`` the rounds begin when a line is read, so that other work can be stopped for them alone."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     first = {}
     for name, step in steps.items():
@@ -162,6 +164,9 @@ def measure(steps: dict[str, Step], rounds: int, repeat: int) -> dict[str, float
             step()
         say(f"    warm: {name}")
     agree(first)
+    if ask:
+        say("    ready: Enter starts the rounds")
+        sys.stdin.readline()
     for _ in range(rounds):
         for name, step in steps.items():
             times = []
@@ -195,12 +200,13 @@ def fresh() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class System:
-    """One row: a model, what is called, the share of the FFNs that is active, bytes per FFN weight over the dtype's."""
+    """One row: a model, what is called, the active share of the FFNs, bytes per weight over the dtype's (FFNs, others)."""
 
     model: Any
     call: Any
     active: float
     width: float = 1.0
+    others: float = 1.0
 
 
 def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool) -> dict[str, System]:
@@ -223,8 +229,10 @@ def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool) -> dict[str
                 chosen[f"{implementation} {part:.0%}"] = System(other, call, part)
         chosen[f"ours {part:.0%}"] = System(moe, moecompile.compile(moe, dynamic=True), part)
         if part == 0.5:
-            fast = moecompile.compile(moe, dynamic=True, weights="int8")
-            chosen[f"ours {part:.0%}, int8"] = System(moe, fast, part, 1 / dtype.itemsize)
+            byte = 1 / dtype.itemsize
+            for weights, others in (("int8", 1.0), ("int8-all", byte))[: 2 if phase == "decode" else 1]:
+                fast = moecompile.compile(moe, dynamic=True, weights=weights)
+                chosen[f"ours {part:.0%}, {weights}"] = System(moe, fast, part, byte, others)
     return chosen
 
 
@@ -255,15 +263,16 @@ def table(dense: Any, dtype: torch.dtype, phase: str, options: argparse.Namespac
         vocabulary = dense.config.vocab_size
         if phase == "decode":
             steps = {name: decoder(each.model, each.call, vocabulary) for name, each in chosen.items()}
-            seconds = measure(steps, options.rounds, 16)
+            seconds = measure(steps, options.rounds, 16, options.ask)
         else:
             steps = {name: prefiller(each.call, vocabulary, options.prefill) for name, each in chosen.items()}
-            seconds = measure(steps, options.rounds, 1)
+            seconds = measure(steps, options.rounds, 1, options.ask)
         full = sizes(dense, 1.0)
         for name, each in chosen.items():
             own = sizes(dense, each.active)
             ffn = own[0] - sizes(dense, 0.0)[0]
-            limit = full[0] / (own[0] - ffn * (1 - each.width)) if phase == "decode" else full[1] / own[1]
+            read = ffn * each.width + (own[0] - ffn) * each.others
+            limit = full[0] / read if phase == "decode" else full[1] / own[1]
             tokens = 1 if phase == "decode" else options.prefill
             rows.append(
                 {
@@ -351,6 +360,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-peers", action="store_true", help="leave transformers' experts out")
     parser.add_argument("--no-compile-time", action="store_true", help="do not measure how long compiling takes")
+    parser.add_argument("--ask", action="store_true", help="wait for Enter before the rounds of each table")
     parser.add_argument("--append", action="store_true", help="keep the other tables of --output/speed.json")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()

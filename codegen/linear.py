@@ -30,7 +30,9 @@ _loaded: list[object] = []
 @lru_cache(maxsize=1)
 def emit() -> str:
     """The C++ source."""
-    return template("linear.cpp.jinja").render(most_tokens=MOST_TOKENS, most_int8_tokens=MOST_INT8_TOKENS, least_bytes=LEAST_BYTES)
+    return template("linear.cpp.jinja").render(
+        most_tokens=MOST_TOKENS, most_int8_tokens=MOST_INT8_TOKENS, least_bytes=LEAST_BYTES
+    )
 
 
 def loaded() -> bool:
@@ -61,13 +63,10 @@ def _compile() -> object:
         raise Unavailable(reason)
     from torch._inductor.codecache import CppCodeCache
 
-    class Cache(CppCodeCache):
-        """Libraries that use torch's own, as Inductor's C++ wrappers do."""
-
-        cache: dict[str, object] = {}  # type: ignore[assignment]
-        cpp_compile_command_flags = {"include_pytorch": True, "shared": True}
-
+    # A library that uses torch's own, as Inductor's C++ wrappers do.
+    flags = {"include_pytorch": True, "shared": True}
+    kind = type("LinearsCache", (CppCodeCache,), {"cache": {}, "cpp_compile_command_flags": flags})
     try:
-        return Cache.load(emit())
+        return kind.load(emit())  # type: ignore[attr-defined]
     except Exception as error:
         raise Unavailable(first_error(error)) from error

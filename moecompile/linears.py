@@ -23,7 +23,9 @@ _library.define("linears(Tensor x, Tensor[] weights, Tensor?[] biases, str weigh
 _library.define("int8_rows(Tensor weight) -> (Tensor whole, Tensor scale)")
 
 
-def linears_reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], weight_format: str) -> list[Tensor]:
+def linears_reference(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], weight_format: str
+) -> list[Tensor]:
     """Linear layers in plain torch operators.
 
     Args:

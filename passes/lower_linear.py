@@ -1,8 +1,8 @@
-"""Lower linear layers:  x W_1^T + b_1, x W_2^T + b_2, ...  ->  linears(x, [W_1, W_2, ...], [b_1, b_2, ...]), one launch, on the CPU.
+"""Lower linear layers:  x W_1^T + b_1, x W_2^T + b_2, ...  ->  linears(x, [W_1, W_2, ...], [b_1, b_2, ...])  on the CPU.
 
 Decoding is a chain of matrix-vector products that read every weight once, and torch's reads a third of what memory gives. The
-operator's kernel takes a few tokens and leaves many to torch, at run time; where a graph's tokens are known to be many, its linear
-layers stay as they are. Only graphs with a MoE layer are touched: others are Inductor's alone.
+operator's kernel takes a few tokens and leaves many to torch, at run time; where a graph's tokens are known to be many, its
+linear layers stay as they are. Layers that read one x are one launch. Graphs without a MoE layer are Inductor's alone.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ class LowerLinear:
                 refused[found] += 1
                 first.setdefault(found, f"{site_of(node)}: node {node.name}")
         if groups and (reason := self._unavailable()):
-            groups, note = {}, (f"linear layers stay torch's: {reason}",)
-            return PassResult(graph_module, 0, note)
+            return PassResult(graph_module, 0, (f"linear layers stay torch's: {reason}",))
         for layers in groups.values():
             for together in _launches(layers):
                 _replace(result, together, self.weight_format, self.name)
@@ -120,13 +119,14 @@ class LowerLinear:
 def _launches(layers: list[Layer]) -> list[list[Layer]]:
     """Layers that read one x, by what can be launched together: the operands must be there where the first layer stands."""
     order = {node: position for position, node in enumerate(layers[0].node.graph.nodes)}
-    groups: list[list[Layer]] = []
-    for layer in layers:
-        early = groups and all(
-            each is None or each.op == "get_attr" or order[each] < order[groups[0][0].node] for each in (layer.weight, layer.bias)
-        )
-        groups[0].append(layer) if early else groups.append([layer])
-    return groups
+    together, alone, start = layers[:1], [], order[layers[0].node]
+    for layer in layers[1:]:
+        operands = [each for each in (layer.weight, layer.bias) if each is not None]
+        if all(each.op == "get_attr" or order[each] < start for each in operands):
+            together.append(layer)
+        else:
+            alone.append([layer])
+    return [together, *alone]
 
 
 def _replace(result: GraphModule, layers: list[Layer], weight_format: str, step: str) -> None:

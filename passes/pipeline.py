@@ -14,8 +14,8 @@
 | ``lower_linear`` | the linear layers that are left -> ``linears``, one launch for those that read one x |
 | ``outline_layers`` | equal layers -> calls of one subgraph, which Inductor compiles once |
 
-The rest is left to Inductor, as is a graph without expert FFNs. A graph that is differentiated keeps ``expert_ffn``, which has gradients: it goes
-through ``fold_constants`` alone.
+The rest is left to Inductor, as is a graph without expert FFNs. A graph that is differentiated keeps ``expert_ffn``, which has
+gradients: it goes through ``fold_constants`` alone.
 """
 
 from __future__ import annotations
