@@ -209,30 +209,36 @@ class System:
     others: float = 1.0
 
 
-def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool) -> dict[str, System]:
-    """The rows of one table."""
+def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool, only: list[str] | None) -> dict[str, System]:
+    """The rows of one table; of those named by ``only`` if it is given. What is not asked for is not built."""
+
+    def asked(name: str) -> bool:
+        return only is None or name in only
+
     dense = copy.deepcopy(dense).to(dtype)
     chosen = {"dense": System(dense, torch.compile(dense, dynamic=True), 1.0)}
     for part in (0.5, 0.25) if phase == "decode" else (0.5,):
-        small = narrow(dense, part).to(dtype)
-        chosen[f"static {part:.0%}"] = System(small, torch.compile(small, dynamic=True), part)
+        if asked(name := f"static {part:.0%}"):
+            small = narrow(dense, part).to(dtype)
+            chosen[name] = System(small, torch.compile(small, dynamic=True), part)
     splits = {0.75: (16, 48, 32), 0.5: (16, 48, 16), 0.25: (8, 56, 8)}
     for part, (shared, experts, top_k) in splits.items():
-        if part == (0.75 if phase == "decode" else 0.25):
+        if part == (0.75 if phase == "decode" else 0.25) or not (part == 0.5 or asked(f"ours {part:.0%}")):
             continue
         moe = split(dense, shared, experts, top_k)
-        if peers and part == 0.5:
-            base = copy.deepcopy(moe)  # ours lays its weights out anew
-            for implementation in ("eager", "batched_mm", "grouped_mm"):
-                other = peer(base, implementation)
-                call = other if implementation == "eager" else torch.compile(other, dynamic=True)
-                chosen[f"{implementation} {part:.0%}"] = System(other, call, part)
+        others = [f"{implementation} {part:.0%}" for implementation in ("eager", "batched_mm", "grouped_mm")]
+        others = [name for name in others if peers and part == 0.5 and asked(name)]
+        base = copy.deepcopy(moe) if others else moe  # ours lays its weights out anew
+        for name in others:
+            other = peer(base, name.split()[0])
+            call = other if name.startswith("eager") else torch.compile(other, dynamic=True)
+            chosen[name] = System(other, call, part)
         chosen[f"ours {part:.0%}"] = System(moe, moecompile.compile(moe, dynamic=True), part)
-        if part == 0.5:
-            byte = 1 / dtype.itemsize
-            for weights, others in (("int8", 1.0), ("int8-all", byte))[: 2 if phase == "decode" else 1]:
+        byte = 1 / dtype.itemsize
+        for weights, rest in (("int8", 1.0), ("int8-all", byte))[: 2 if phase == "decode" else 1]:
+            if part == 0.5 and asked(name := f"ours {part:.0%}, {weights}"):
                 fast = moecompile.compile(moe, dynamic=True, weights=weights)
-                chosen[f"ours {part:.0%}, {weights}"] = System(moe, fast, part, byte, others)
+                chosen[name] = System(moe, fast, part, byte, rest)
     return chosen
 
 
@@ -259,7 +265,7 @@ def table(dense: Any, dtype: torch.dtype, phase: str, options: argparse.Namespac
     rows = []
     name_of = str(dtype).removeprefix("torch.")
     with fresh(), torch.no_grad():
-        chosen = systems(dense, dtype, phase, not options.no_peers)
+        chosen = systems(dense, dtype, phase, not options.no_peers, options.only)
         vocabulary = dense.config.vocab_size
         if phase == "decode":
             steps = {name: decoder(each.model, each.call, vocabulary) for name, each in chosen.items()}
@@ -360,6 +366,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-peers", action="store_true", help="leave transformers' experts out")
     parser.add_argument("--no-compile-time", action="store_true", help="do not measure how long compiling takes")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows, and dense and ours 50%% beside them")
     parser.add_argument("--ask", action="store_true", help="wait for Enter before the rounds of each table")
     parser.add_argument("--append", action="store_true", help="keep the other tables of --output/speed.json")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .codegen import packing
-from .lowered import _library
 
+_library = torch.library.Library("moecompile", "FRAGMENT")
 FORMATS = ("same", "int8")
 
 _library.define("linears(Tensor x, Tensor[] weights, Tensor?[] biases, str weight_format) -> Tensor[]")
