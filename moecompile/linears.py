@@ -17,6 +17,7 @@ from torch import Tensor
 from .codegen import packing
 
 _library = torch.library.Library("moecompile", "FRAGMENT")
+
 FORMATS = ("same", "int8")
 
 _library.define("linears(Tensor x, Tensor[] weights, Tensor?[] biases, str weight_format) -> Tensor[]")
