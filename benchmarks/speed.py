@@ -7,7 +7,8 @@ all alike. Medians over rounds; ``speedup`` is over dense in the same dtype. Row
 
     dense             the model under torch.compile (Inductor)
     static 50%, 25%   a dense model of half, a quarter of the FFN width under torch.compile: the practical ceiling
-    ours 50%, 25%     the split model under moecompile.compile; with int8, the experts' weights are read as int8
+    ours 50%, 25%     the split model under moecompile.compile; with int8, the experts' weights are read as int8; with int8-all,
+                      those of projections and head too
     batched_mm, ...   the same split, the same weights and router, experts by transformers' implementations under torch.compile
                       (eager: without torch.compile, which would compile each of its loops' graphs anew)
 
@@ -152,8 +153,9 @@ def prefiller(call: Any, vocabulary: int, length: int) -> Step:
     return step
 
 
-def measure(steps: dict[str, Step], rounds: int, repeat: int) -> dict[str, float]:
-    """Median seconds per step over rounds; within a round each system takes ``repeat`` steps, of which the median counts."""
+def measure(steps: dict[str, Step], rounds: int, repeat: int, ask: bool = False) -> dict[str, float]:
+    """Median seconds per step over rounds; within a round each system takes ``repeat`` steps, of which the median counts.
+    With ``ask`` the rounds begin when a line is read, so that other work can be stopped for them alone."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     first = {}
     for name, step in steps.items():
@@ -162,6 +164,9 @@ def measure(steps: dict[str, Step], rounds: int, repeat: int) -> dict[str, float
             step()
         say(f"    warm: {name}")
     agree(first)
+    if ask:
+        say("    ready: Enter starts the rounds")
+        sys.stdin.readline()
     for _ in range(rounds):
         for name, step in steps.items():
             times = []
@@ -195,36 +200,45 @@ def fresh() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class System:
-    """One row: a model, what is called, the share of the FFNs that is active, bytes per FFN weight over the dtype's."""
+    """One row: a model, what is called, the active share of the FFNs, bytes per weight over the dtype's (FFNs, others)."""
 
     model: Any
     call: Any
     active: float
     width: float = 1.0
+    others: float = 1.0
 
 
-def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool) -> dict[str, System]:
-    """The rows of one table."""
+def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool, only: list[str] | None) -> dict[str, System]:
+    """The rows of one table; of those named by ``only`` if it is given. What is not asked for is not built."""
+
+    def asked(name: str) -> bool:
+        return only is None or name in only
+
     dense = copy.deepcopy(dense).to(dtype)
     chosen = {"dense": System(dense, torch.compile(dense, dynamic=True), 1.0)}
     for part in (0.5, 0.25) if phase == "decode" else (0.5,):
-        small = narrow(dense, part).to(dtype)
-        chosen[f"static {part:.0%}"] = System(small, torch.compile(small, dynamic=True), part)
+        if asked(name := f"static {part:.0%}"):
+            small = narrow(dense, part).to(dtype)
+            chosen[name] = System(small, torch.compile(small, dynamic=True), part)
     splits = {0.75: (16, 48, 32), 0.5: (16, 48, 16), 0.25: (8, 56, 8)}
     for part, (shared, experts, top_k) in splits.items():
-        if part == (0.75 if phase == "decode" else 0.25):
+        if part == (0.75 if phase == "decode" else 0.25) or not (part == 0.5 or asked(f"ours {part:.0%}")):
             continue
         moe = split(dense, shared, experts, top_k)
-        if peers and part == 0.5:
-            base = copy.deepcopy(moe)  # ours lays its weights out anew
-            for implementation in ("eager", "batched_mm", "grouped_mm"):
-                other = peer(base, implementation)
-                call = other if implementation == "eager" else torch.compile(other, dynamic=True)
-                chosen[f"{implementation} {part:.0%}"] = System(other, call, part)
+        others = [f"{implementation} {part:.0%}" for implementation in ("eager", "batched_mm", "grouped_mm")]
+        others = [name for name in others if peers and part == 0.5 and asked(name)]
+        base = copy.deepcopy(moe) if others else moe  # ours lays its weights out anew
+        for name in others:
+            other = peer(base, name.split()[0])
+            call = other if name.startswith("eager") else torch.compile(other, dynamic=True)
+            chosen[name] = System(other, call, part)
         chosen[f"ours {part:.0%}"] = System(moe, moecompile.compile(moe, dynamic=True), part)
-        if part == 0.5:
-            fast = moecompile.compile(moe, dynamic=True, weights="int8")
-            chosen[f"ours {part:.0%}, int8"] = System(moe, fast, part, 1 / dtype.itemsize)
+        byte = 1 / dtype.itemsize
+        for weights, rest in (("int8", 1.0), ("int8-all", byte))[: 2 if phase == "decode" else 1]:
+            if part == 0.5 and asked(name := f"ours {part:.0%}, {weights}"):
+                fast = moecompile.compile(moe, dynamic=True, weights=weights)
+                chosen[name] = System(moe, fast, part, byte, rest)
     return chosen
 
 
@@ -251,19 +265,20 @@ def table(dense: Any, dtype: torch.dtype, phase: str, options: argparse.Namespac
     rows = []
     name_of = str(dtype).removeprefix("torch.")
     with fresh(), torch.no_grad():
-        chosen = systems(dense, dtype, phase, not options.no_peers)
+        chosen = systems(dense, dtype, phase, not options.no_peers, options.only)
         vocabulary = dense.config.vocab_size
         if phase == "decode":
             steps = {name: decoder(each.model, each.call, vocabulary) for name, each in chosen.items()}
-            seconds = measure(steps, options.rounds, 16)
+            seconds = measure(steps, options.rounds, 16, options.ask)
         else:
             steps = {name: prefiller(each.call, vocabulary, options.prefill) for name, each in chosen.items()}
-            seconds = measure(steps, options.rounds, 1)
+            seconds = measure(steps, options.rounds, 1, options.ask)
         full = sizes(dense, 1.0)
         for name, each in chosen.items():
             own = sizes(dense, each.active)
             ffn = own[0] - sizes(dense, 0.0)[0]
-            limit = full[0] / (own[0] - ffn * (1 - each.width)) if phase == "decode" else full[1] / own[1]
+            read = ffn * each.width + (own[0] - ffn) * each.others
+            limit = full[0] / read if phase == "decode" else full[1] / own[1]
             tokens = 1 if phase == "decode" else options.prefill
             rows.append(
                 {
@@ -351,6 +366,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-peers", action="store_true", help="leave transformers' experts out")
     parser.add_argument("--no-compile-time", action="store_true", help="do not measure how long compiling takes")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows, and dense and ours 50%% beside them")
+    parser.add_argument("--ask", action="store_true", help="wait for Enter before the rounds of each table")
     parser.add_argument("--append", action="store_true", help="keep the other tables of --output/speed.json")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()

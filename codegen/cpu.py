@@ -66,11 +66,12 @@ def _line(error: BaseException) -> str:
     return text.splitlines()[0][:200]
 
 
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
+@lru_cache(maxsize=4)
+def template(name: str) -> jinja2.Template:
+    """A template of C++ source."""
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.get_template("moe_block.cpp.jinja")
+    return environment.get_template(name)
 
 
 def emit(spec: BlockKernelSpec) -> str:
@@ -90,7 +91,7 @@ def emit(spec: BlockKernelSpec) -> str:
     )
     weighted = spec.score != "none" if spec.linear else spec.weighted
     first = "gate" if spec.gated else "up"  # what is read first of a neuron
-    return _template().render(
+    return template("moe_block.cpp.jinja").render(
         spec=spec, types=CPP_TYPES, activation=activation, summary=summary, weighted=weighted, first=first
     )
 
@@ -135,10 +136,15 @@ def _compile(spec: BlockKernelSpec) -> Callable[..., None]:
     try:
         kernel = CppPythonBindingsCodeCache.load_pybinding([kind for kind, _ in spec.arguments], code)
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if "error:" in line]
-        raise Unavailable(f"the C++ compiler failed: {_line(RuntimeError(lines[0])) if lines else _line(error)}") from error
+        raise Unavailable(first_error(error)) from error
     _sources[spec] = code
     return kernel
+
+
+def first_error(error: Exception) -> str:
+    """What a C++ compiler says first, in a line."""
+    lines = [line for line in str(error).splitlines() if "error:" in line]
+    return f"the C++ compiler failed: {_line(RuntimeError(lines[0])) if lines else _line(error)}"
 
 
 def source(spec: BlockKernelSpec) -> str:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .apply import moe_blocks
 from .block import MoEFFN
 from .errors import ParityError
+from .linears import linears, linears_reference
 from .lowered import OPERANDS, moe_ffn
 from .parity import tolerance_for
 from .passes.nodes import site_of
@@ -68,7 +69,7 @@ def _check_outputs(record: GraphRecord, ours: Any, theirs: Any) -> None:
 
 
 class _Checked(Interpreter):
-    """Runs a lowered graph; each ``moe_ffn`` also in plain torch operators on the same inputs."""
+    """Runs a lowered graph; each ``moe_ffn`` and ``linears`` also in plain torch operators on the same inputs."""
 
     def __init__(self, record: GraphRecord) -> None:
         super().__init__(record.graph_module)
@@ -81,6 +82,14 @@ class _Checked(Interpreter):
             operands = dict(zip(OPERANDS, args, strict=True)) | kwargs
             reference = moe_ffn(**(operands | {"backend": "torch"}))
             self._compare(site_of(n), value, reference, operands)
+        if n.op == "call_function" and n.target is linears:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            for ours, theirs in zip(value, linears_reference(*args, **kwargs), strict=True):
+                allowed, worst = tolerance_for([theirs]), float((ours - theirs).abs().max()) if ours.numel() else 0.0
+                if not worst <= allowed and not bool(theirs.isnan().any()):
+                    raise ParityError(
+                        f"{site_of(n)}: compiled linear layers differ from eager code by {worst:.1e}; {allowed:.1e} is allowed"
+                    )
         return value
 
     def _compare(self, site: str, ours: Tensor, theirs: Tensor, operands: dict[str, Any]) -> None:

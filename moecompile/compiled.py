@@ -279,7 +279,8 @@ def compile(
             and correct eager code.
         dynamic: as of ``torch.compile``; None keeps shapes symbolic from the start for models that generate (two graphs,
             prefill and decode), and otherwise from the second shape on.
-        weights: how CPU kernels read the experts' weights: ``same`` as stored, or ``int8``.
+        weights: how CPU kernels read weights: ``same`` as stored, ``int8`` for the experts', ``int8-all`` for those of the
+            other linear layers (projections, head) too. Rounded to nearest, a scale per row; activations stay as they are.
         verify: at first calls check that all experts together are the whole block, then compare each compiled graph with
             eager code, layer by layer. (A rewrite by ``plan`` is compared with the dense model in any case.)
         options: Inductor's own options.

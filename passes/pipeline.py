@@ -11,10 +11,11 @@
 | ``fuse_block`` | a layer's own ``route`` -> into ``moe_ffn`` |
 | ``dead_code`` | what nothing reads any more |
 | ``lower_triton``, ``lower_cpu`` | ``moe_ffn`` -> generated kernels |
+| ``lower_linear`` | the linear layers that are left -> ``linears``, one launch for those that read one x |
 | ``outline_layers`` | equal layers -> calls of one subgraph, which Inductor compiles once |
 
-What is not an expert FFN is left to Inductor. A graph that is differentiated keeps ``expert_ffn``, which has gradients: it goes
-through ``fold_constants`` alone.
+The rest is left to Inductor, as is a graph without expert FFNs. A graph that is differentiated keeps ``expert_ffn``, which has
+gradients: it goes through ``fold_constants`` alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .fuse_block import FuseBlock
 from .fuse_router import FuseRouter
 from .hoist_router import HoistRouter
 from .lower_cpu import LowerCPU
+from .lower_linear import LowerLinear
 from .lower_triton import LowerTriton
 from .match_experts import MatchExperts
 from .merge_shared import MergeShared
@@ -37,8 +39,10 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
     """The passes of a graph that is not differentiated.
 
     Args:
-        weight_format: ``same`` or ``int8``, how CPU kernels read the experts' weights.
+        weight_format: how CPU kernels read weights: ``same`` as stored, ``int8`` the experts', or ``int8-all``.
     """
+    experts = "same" if weight_format == "same" else "int8"
+    others = "int8" if weight_format == "int8-all" else "same"
     return [
         FoldConstants(),
         MatchExperts(),
@@ -49,7 +53,8 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
         FuseBlock(),
         DeadCode(),
         LowerTriton(),
-        LowerCPU(weight_format),
+        LowerCPU(experts),
+        LowerLinear(others),
     ]
 
 

@@ -1,0 +1,72 @@
+"""The CPU kernel of linear layers of a few tokens: C++ that registers itself as ``moecompile::linears`` for CPU tensors.
+
+One library serves every model: sizes, types and the number of tokens are seen at run time. It is compiled once by Inductor's
+toolchain, kept on disk by hash, and called by torch's dispatcher without Python in between (a Python operator takes 15 us a
+call, a matrix-vector product of an attention as long).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import lru_cache
+
+from ..logs import log
+from .cpu import Unavailable, available, first_error, template
+
+# Tokens that the kernel takes itself; more go to torch's matrix product. (2 cores, q, k and v of D = 576, float32 and bfloat16:
+# 8 tokens take half and two thirds of torch's time.)
+MOST_TOKENS = 8
+# With int8 weights, which torch needs as floats first (45 ms for a head of 49152 x 576, as long as 64 tokens take).
+MOST_INT8_TOKENS = 64
+# Bytes of weights that are worth another thread.
+LEAST_BYTES = 32 * 1024
+
+_lock = threading.Lock()
+_failed: list[str] = []
+_loaded: list[object] = []
+
+
+@lru_cache(maxsize=1)
+def emit() -> str:
+    """The C++ source."""
+    return template("linear.cpp.jinja").render(
+        most_tokens=MOST_TOKENS, most_int8_tokens=MOST_INT8_TOKENS, least_bytes=LEAST_BYTES
+    )
+
+
+def loaded() -> bool:
+    """Whether CPU tensors go to the kernel."""
+    return bool(_loaded)
+
+
+def load() -> None:
+    """Build the kernel (or find it on disk) and register it; nothing where that was done already.
+
+    Raises:
+        Unavailable: there is no compiler, or it failed; a second call says so again without trying.
+    """
+    with _lock:
+        if not _loaded and not _failed:
+            start = time.perf_counter()
+            try:
+                _loaded.append(_compile())
+                log("cache", f"CPU kernel of linear layers: built, or found on disk, in {time.perf_counter() - start:.1f} s")
+            except Unavailable as error:
+                _failed.append(str(error))
+    if _failed:
+        raise Unavailable(_failed[0])
+
+
+def _compile() -> object:
+    if (reason := available()) is not None:
+        raise Unavailable(reason)
+    from torch._inductor.codecache import CppCodeCache
+
+    # A library that uses torch's own, as Inductor's C++ wrappers do.
+    flags = {"include_pytorch": True, "shared": True}
+    kind = type("LinearsCache", (CppCodeCache,), {"cache": {}, "cpp_compile_command_flags": flags})
+    try:
+        return kind.load(emit())  # type: ignore[attr-defined]
+    except Exception as error:
+        raise Unavailable(first_error(error)) from error
