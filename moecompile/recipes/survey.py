@@ -125,23 +125,23 @@ def _curve(
         first: the first batch's input, (..., D).
     """
     down, weights = ffn.down.float(), token_weights(y.norm(dim=1))
-    router = fit_router(x, hidden, down, split.experts, weights)
-    rows = len(stream.rows(0, first))
-    part, right = weights[:rows], float(weights[:rows] @ y[:rows].square().sum(1))
+    scored = fit_router(x, hidden, down, split.experts, weights)
+    rows = len(stream.rows(0, first))  # the errors are those of the first batch, as the effect is
+    x, hidden, y, weights = x[:rows], hidden[:rows], y[:rows], weights[:rows]
+    right = max(float(weights @ y.square().sum(1)), 1e-30)
     bias = 0.0 if ffn.down_bias is None else ffn.down_bias.float()
 
-    def output(some: Tensor, some_hidden: Tensor, means: Tensor, k: int) -> Tensor:
-        on = neuron_mask(route(some, *router, k), split.experts, hidden.shape[1])(0, len(some))
-        return torch.where(on > 0, some_hidden, means) @ down.t() + bias
+    def output(tokens: Tensor, activity: Tensor, means: Tensor, k: int) -> Tensor:
+        on = neuron_mask(route(tokens, *scored, k), split.experts, hidden.shape[1])(0, len(tokens))
+        return torch.where(on > 0, activity, means) @ down.t() + bias
 
-    errors, reference = {}, split.top_k
+    errors, effect = {}, 0.0
     for k in dial:
-        means = idle_means(hidden, neuron_mask(route(x, *router, k), split.experts, hidden.shape[1]), weights)
-        if k == reference:
-            everything = first.reshape(-1, first.shape[-1])
+        means = idle_means(hidden, neuron_mask(route(x, *scored, k), split.experts, hidden.shape[1]), weights)
+        errors[k] = float(weights @ (output(x, hidden, means, k) - y).square().sum(1)) / right
+        if k == split.top_k:
+            everything = first.reshape(-1, first.shape[-1])  # padding too
             replaced = output(everything.float(), ffn.hidden(everything).float(), means, k)
             effect = divergence(stream.outputs(0, replaced.to(first.dtype).reshape(first.shape)))
-        wrong = (output(x[:rows], hidden[:rows], means, k) - y[:rows]).square().sum(1)
-        errors[k] = float(part @ wrong) / max(right, 1e-30)
     width = sum(map(len, split.experts)) / len(split.experts)
-    return Curve(width, errors, effect, reference)
+    return Curve(width, errors, effect, split.top_k)
