@@ -21,6 +21,8 @@ from ..activations import Activation
 from ..block import Experts
 from ..ops import _by_expert
 
+_ALL_FROM = 0.3  # share of the experts from which on all of them are multiplied
+
 
 class _ChosenExperts(torch.autograd.Function):
     @staticmethod
@@ -97,17 +99,46 @@ class _ChosenExperts(torch.autograd.Function):
         return gx, None, gweights, gup, gdown, gup_bias, gdown_bias, None, None
 
 
+def _all_experts(
+    own: Experts,
+    ids: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """The same with every expert multiplied and what was not chosen set to 0: few large products."""
+    (experts, hidden, width), halves = down.shape, 2 if own.gated else 1
+    gates = x.new_zeros(len(x), experts).scatter(1, ids, weights)  # [T, N]
+    rows = up.view(experts, halves, width, hidden).transpose(0, 1).reshape(halves, -1, hidden)  # [G, NI, D]
+    biases: list[Tensor | None] = [None] * halves
+    if up_bias is not None:
+        biases = list(up_bias.view(experts, halves, width).transpose(0, 1).reshape(halves, -1))
+    pre = [torch.nn.functional.linear(x, row, bias) for row, bias in zip(rows, biases, strict=True)]
+    h = own.act(pre[0]) * pre[1] if own.gated else own.act(pre[0])  # [T, NI]
+    h = h * gates.repeat_interleave(width, dim=1)
+    y = h @ down.transpose(1, 2).reshape(-1, hidden)
+    return y if down_bias is None else torch.addmm(y, gates, down_bias)
+
+
 def chosen_experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """What ``experts(x, ids, weights)`` computes: (T, D), (T, K), (T, K) -> (T, D), for training.
 
     Under autocast everything is cast to its type first, as the block does.
     """
-    tensors = [x, weights, experts.up, experts.down_proj, experts.up_bias_or_none, experts.down_bias]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-    x, weights, up, down, up_bias, down_bias = tensors  # type: ignore[assignment]
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+    tensors = [cast(tensor) for tensor in (x, weights, experts.up, experts.down_proj)]
+    biases = [cast(tensor) for tensor in (experts.up_bias_or_none, experts.down_bias)]
     with torch.autocast(x.device.type, enabled=False):
+        if x.device.type == "cpu" and ids.shape[1] >= _ALL_FROM * experts.down_proj.shape[0]:
+            return _all_experts(experts, ids, *tensors, *biases)  # type: ignore[arg-type]
+        x, weights, up, down = tensors  # type: ignore[assignment]
         return _ChosenExperts.apply(  # type: ignore[no-any-return]
-            x, ids, weights, up, down, up_bias, down_bias, experts.act.name, experts.gated
+            x, ids, weights, up, down, *biases, experts.act.name, experts.gated
         )
