@@ -21,13 +21,20 @@ from moecompile.block import BlockSpec, Experts
 from moecompile.errors import InputError
 from moecompile.parity import evaluating
 from moecompile.tuning import TuneConfig, share_tensors
+from moecompile.tuning.attention import blocked
 from moecompile.tuning.data import Windows
 from moecompile.tuning.distiller import oracle_loss
 from moecompile.tuning.experts import chosen_experts
-from moecompile.tuning.loss import Head, head_kl, top_log_probabilities
+from moecompile.tuning.loss import Head, head_loss, top_log_probabilities
 from moecompile.tuning.student import centred_scores
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def float32_unless_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers are compared here, so ``auto`` is float32 also on a CPU with bfloat16."""
+    monkeypatch.setattr("moecompile.tuning.config.native_bfloat16", lambda: False)
 
 
 # Gradients
@@ -36,7 +43,11 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("tokens", [1, 23])
-def test_experts_in_training_are_the_reference(gated: bool, biased: bool, tokens: int) -> None:
+@pytest.mark.parametrize("all_from", [0.0, 1.1], ids=["all", "chosen"])
+def test_experts_in_training_are_the_reference(
+    gated: bool, biased: bool, tokens: int, all_from: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecompile.tuning.experts._ALL_FROM_ELSE", all_from)
     torch.manual_seed(0)
     spec = BlockSpec(
         hidden_size=10, dense_width=25, shared_width=0, experts=5, expert_width=5, top_k=3, gated=gated,
@@ -60,13 +71,18 @@ def test_experts_in_training_are_the_reference(gated: bool, biased: bool, tokens
 
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("biased", [True, False])
-def test_head_kl_is_that_of_whole_logits(cap: float | None, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("label_weight", [0.0, 0.7])
+def test_head_loss_is_that_of_whole_logits(
+    cap: float | None, biased: bool, label_weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("moecompile.tuning.loss._CHUNK_BYTES", 4 * 50 * 16)  # 16 positions at a time, of 37
     torch.manual_seed(0)
     weight, bias = torch.randn(50, 8, dtype=torch.float64), torch.randn(50, dtype=torch.float64) if biased else None
-    head = Head(weight, bias, cap, torch.float64)
+    head = Head(weight, bias, cap)
     teacher = torch.randn(37, 8, dtype=torch.float64)
     student = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(50, (37,))
+    labels[[3, 20, 36]] = -1
 
     def log_softmax(hidden: Tensor) -> Tensor:
         logits = torch.nn.functional.linear(hidden, weight, bias)
@@ -75,13 +91,17 @@ def test_head_kl_is_that_of_whole_logits(cap: float | None, biased: bool, monkey
     p, log_q = log_softmax(teacher).exp(), log_softmax(student)
     for count in (49, 6):
         ids, logp = top_log_probabilities(teacher, head, count)
-        own = head_kl(student, head, ids, logp)
+        own, label = head_loss(student, head, ids, logp, labels, label_weight)
         if count == 49:  # the class "everything else" is one word
             expected = (p * (p.log() - log_q)).sum(1).mean()
         else:
             rest_p, rest_q = 1 - p.gather(1, ids).sum(1), 1 - log_q.gather(1, ids).exp().sum(1)
             inner = (p.gather(1, ids) * (p.gather(1, ids).log() - log_q.gather(1, ids))).sum(1)
             expected = (inner + rest_p * (rest_p / rest_q).log()).mean()
+        if label_weight:
+            cross = torch.nn.functional.nll_loss(log_q, labels, ignore_index=-1)
+            torch.testing.assert_close(label.double(), cross.detach(), rtol=1e-5, atol=1e-6)
+            expected = expected + label_weight * cross
         torch.testing.assert_close(own.double(), expected, rtol=1e-5, atol=1e-6)
         (mine,) = torch.autograd.grad(own, student)
         (reference,) = torch.autograd.grad(expected, student, retain_graph=True)
@@ -137,6 +157,8 @@ def kl(moe: Any, dense: Any, rows: Tensor) -> float:
         {"lora_rank": 4},
         {"kl_stride": 3},
         {"stages": ("router", "experts", "norms")},
+        {"stages": ("router", "experts", "norms", "attention")},
+        {"label_weight": 0.2},
         {"precision": "bfloat16"},
         {"layer_weight": 0.0, "oracle_weight": 0.1},
     ],
@@ -203,6 +225,66 @@ def test_a_bfloat16_model_trains_in_float32_and_stays_bfloat16() -> None:
     assert all(p.dtype == torch.bfloat16 for p in moe.parameters()) and done.steps == 2
 
 
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert TuneConfig().dtype(cpu) == torch.float32 and TuneConfig().dtype(cuda) == torch.bfloat16
+    monkeypatch.setattr("moecompile.tuning.config.native_bfloat16", lambda: True)
+    assert TuneConfig().dtype(cpu) == torch.bfloat16 and TuneConfig(precision="float32").dtype(cpu) == torch.float32
+
+
+def test_bfloat16_gives_the_losses_of_float32() -> None:
+    curves = []
+    for precision in ("float32", "bfloat16"):
+        dense, moe = pair()
+        config = TuneConfig(precision=precision, label_weight=0.3, learning_rate=1e-3)
+        curves.append(moecompile.tune(moe, dense, batches(4), config, steps=12).curve)
+    for exact, rounded in zip(*curves, strict=True):
+        assert rounded["kl"] == pytest.approx(exact["kl"], rel=0.05)
+        assert rounded["label"] == pytest.approx(exact["label"], rel=0.01)
+        assert rounded["layers"] == pytest.approx(exact["layers"], rel=0.05)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_by_blocks_is_attention(groups: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 300, 8, dtype=torch.float64, requires_grad=True)  # 300: two blocks and a part
+    key, value = (torch.randn(2, groups, 300, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    own = blocked(query, key, value, 0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(own, expected)
+    upstream = torch.randn_like(own)
+    for mine, reference in zip(
+        torch.autograd.grad(own, (query, key, value), upstream),
+        torch.autograd.grad(expected, (query, key, value), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference)
+
+
+def test_the_text_itself_can_be_learned_from() -> None:
+    dense, moe = pair()
+    rows = batches(1)
+    with torch.no_grad(), evaluating(moe):
+        logits = moe(input_ids=rows[0]).logits[:, :-1]
+        expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[0][:, 1:].flatten()))
+    first = moecompile.tune(moe, dense, rows, TuneConfig(label_weight=0.5, layer_weight=0.0)).curve[0]
+    assert first["label"] == pytest.approx(expected, rel=1e-4)
+    assert first["loss"] == pytest.approx(first["kl"] + 0.5 * first["label"], rel=1e-5)
+
+
+def test_a_model_without_routing_can_be_tuned() -> None:
+    """The controls: a pruned model, and the dense one as a converted model with everything on."""
+    for share in (0.5, 1.0):
+        dense = dense_model()
+        kept = moecompile.convert(
+            dense, moecompile.recipes.Static(active_fraction=share), [{"input_ids": rows} for rows in batches(2, 11)]
+        )
+        seen = batches(2)
+        config = TuneConfig(stages=("experts", "attention"), learning_rate=1e-3, label_weight=1.0)
+        curve = moecompile.tune(kept, dense, seen, config, steps=20).curve
+        assert sum(row["label"] for row in curve[-2:]) < sum(row["label"] for row in curve[:2])
+
+
 def test_shared_tensors_are_held_once() -> None:
     dense, moe = pair()
     logits = dense(input_ids=batches(1)[0]).logits
@@ -250,7 +332,7 @@ def test_another_run_is_not_gone_on_from(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    config = TuneConfig(learning_rate=3e-3, oracle_weight=0.1, checkpointing=True, save_every=2)
+    config = TuneConfig(learning_rate=3e-3, oracle_weight=0.1, checkpointing=True, save_every=2, precision="float32")
     script = tmp_path / "job.py"
     script.write_text(
         "import json, sys, torch, moecompile\n"

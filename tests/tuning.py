@@ -56,7 +56,7 @@ def run(folder: Path | None, steps: int = 8, kill_at: int | None = None) -> tupl
             os.kill(os.getpid(), signal.SIGKILL)
 
     dense, moe = pair()
-    config = TuneConfig(learning_rate=3e-3, oracle_weight=0.1, save_every=3)
+    config = TuneConfig(learning_rate=3e-3, oracle_weight=0.1, save_every=3, precision="float32")
     return moe, moecompile.tune(moe, dense, batches(8), config, steps=steps, folder=folder, on_step=on_step)
 
 

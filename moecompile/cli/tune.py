@@ -63,6 +63,7 @@ def add(commands: Any) -> None:
         ("warmup", float, "share of the steps in which the rate rises; a cosine to 0 follows"),
         ("weight_decay", float, "AdamW's"),
         ("clip", float, "largest norm of the gradients"),
+        ("label_weight", float, "weight of the text's own next words beside the logits' KL"),
         ("layer_weight", float, "weight of the layers' relative error beside the logits' KL"),
         ("oracle_weight", float, "weight of the routers' loss against the oracle choice"),
         ("top_logits", int, "the teacher's largest logits that are matched one by one"),
@@ -77,7 +78,12 @@ def add(commands: Any) -> None:
         "--no-straight-through", action="store_true", help="no gradient to the routers through the experts' weights"
     )
     sub.add_argument("--gradient-checkpointing", action="store_true", help="less memory: compute each layer twice")
-    sub.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 on a GPU, else float32")
+    sub.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto: bfloat16 on a GPU and on a CPU that multiplies it natively, else float32",
+    )
     sub.set_defaults(run=run)
 
 
@@ -87,7 +93,17 @@ def config_of(options: argparse.Namespace) -> TuneConfig:
     Raises:
         InputError: they make no sense.
     """
-    same = ("learning_rate", "router_rate", "warmup", "weight_decay", "clip", "layer_weight", "oracle_weight", "top_logits")
+    same = (
+        "learning_rate",
+        "router_rate",
+        "warmup",
+        "weight_decay",
+        "clip",
+        "label_weight",
+        "layer_weight",
+        "oracle_weight",
+        "top_logits",
+    )
     config = TuneConfig(
         stages=tuple(part.strip() for part in options.stage.split(",") if part.strip()),
         **{name: getattr(options, name) for name in (*same, "kl_stride", "lora_rank", "save_every", "precision", "seed")},

@@ -10,7 +10,13 @@ from .blocks import Block, Section, Table
 from .text import as_mapping, finite, mappings, plain
 
 TUNE = "moecompile tune OUT --text FILE --tokens 500000"
-_PARTS = (("loss", "loss"), ("kl", "KL of the logits, nats"), ("layers", "layers' relative error"), ("router", "router"))
+_PARTS = (
+    ("loss", "loss"),
+    ("kl", "KL of the logits, nats"),
+    ("label", "next words, nats"),
+    ("layers", "layers' relative error"),
+    ("router", "router"),
+)
 
 
 def tuning(record: Mapping[str, Any]) -> Section:

@@ -6,10 +6,18 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from ..errors import InputError
 
-STAGES = ("router", "experts", "norms")
+STAGES = ("router", "experts", "norms", "attention")
 PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16 (AVX-512 BF16 or AMX), by torch's word."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
@@ -17,14 +25,16 @@ class TuneConfig:
     """How a converted model is tuned.
 
     Attributes:
-        stages: what is trained: ``router``, ``experts`` (all weights and biases of shared neurons and experts), ``norms``.
-        learning_rate: peak rate of AdamW for experts and norms.
+        stages: what is trained: ``router``, ``experts`` (all weights and biases of shared neurons and experts),
+            ``norms``, ``attention`` (whatever else the layers hold).
+        learning_rate: peak rate of AdamW for everything but the routers.
         router_rate: peak rate of the routers, relative to the root mean square of each router's own weights: the scores of
             two layers can differ a hundredfold in scale, and a choice depends on their order alone.
         warmup: share of the steps over which the rate rises linearly; then it falls to 0 along a cosine.
         weight_decay: AdamW's, of matrices (never of biases or norms).
         betas: AdamW's.
         clip: largest norm of all gradients together.
+        label_weight: weight of the text's own next words (cross-entropy, nats) beside the KL of the logits (0: none).
         layer_weight: weight of the layer-wise error beside the KL of the logits (0: none).
         oracle_weight: weight of the routers' loss against the oracle choice (0: none).
         straight_through: whether routers get a gradient through the chosen experts' weights.
@@ -33,7 +43,8 @@ class TuneConfig:
             of a small model's work, and the layers' errors are matched everywhere.
         lora_rank: train low-rank updates of this rank in place of the experts' matrices (0: the matrices themselves).
         checkpointing: compute each layer again in the backward pass instead of keeping it.
-        precision: ``bfloat16`` computes under autocast (weights and AdamW stay float32); ``auto``: bfloat16 on a GPU.
+        precision: ``bfloat16`` computes under autocast (weights and AdamW stay float32); ``auto``: bfloat16 on a GPU and on
+            a CPU that multiplies it natively.
         save_every: steps between checkpoints.
         seed: of every random choice.
     """
@@ -45,6 +56,7 @@ class TuneConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    label_weight: float = 0.0
     layer_weight: float = 1.0
     oracle_weight: float = 0.0
     straight_through: bool = True
@@ -71,7 +83,7 @@ class TuneConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-        for name in ("weight_decay", "layer_weight", "oracle_weight", "lora_rank"):
+        for name in ("weight_decay", "label_weight", "layer_weight", "oracle_weight", "lora_rank"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it cannot be negative")
@@ -80,6 +92,12 @@ class TuneConfig:
         for name in ("top_logits", "kl_stride", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """What the run computes in on a device."""
+        if self.precision != "auto":
+            return getattr(torch, self.precision)  # type: ignore[no-any-return]
+        return torch.bfloat16 if device.type == "cuda" or native_bfloat16() else torch.float32
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings."""

@@ -1,6 +1,7 @@
 """Student, teacher and their losses as one module, so that a single forward call is everything that is sharded or recomputed.
 
-    loss = KL(teacher || student) + layer_weight * mean over layers of |s_l - t_l|^2 / |t_l|^2 + oracle_weight * L_router
+    loss = KL(teacher || student) + label_weight * (-log student(next word))
+           + layer_weight * mean over layers of |s_l - t_l|^2 / |t_l|^2 + oracle_weight * L_router
 
 s_l, t_l are the residual streams behind layer l. L_router is a logistic loss of the routers' centred scores against the experts
 that matter most in the dense model, each weighted by how far its amplitude is from the threshold: a choice that is nearly a tie
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import TuneConfig
-from .loss import head_kl, relative_error
+from .loss import head_loss, relative_error
 from .student import Inside
 from .teacher import Teacher, head_of, hidden_states, unpadded
 
-PARTS = ("loss", "kl", "layers", "router")
+PARTS = ("loss", "kl", "label", "layers", "router")
 
 
 class Distiller(nn.Module):
@@ -49,7 +50,7 @@ class Distiller(nn.Module):
         self._inside, self._top_k = inside, dict(top_k)
 
     def forward(self, inputs: Mapping[str, Tensor], step: int) -> Tensor:
-        """(4,) float32: the loss and its parts, as in :data:`PARTS`; only the first has a gradient."""
+        """(5,) float32: the loss and its parts, as in :data:`PARTS`; only the first has a gradient."""
         stride = self.config.kl_stride
         positions = slice(step % stride, None, stride)
         kind = inputs["input_ids"].device.type
@@ -58,7 +59,10 @@ class Distiller(nn.Module):
             with self._inside.collecting():
                 hidden = hidden_states(self.student, inputs)
         rows = unpadded(hidden, inputs)[positions]
-        kl = head_kl(rows, head_of(self.student, self.dtype), targets.ids, targets.logp)
+        weight = self.config.label_weight
+        labels = next_words(inputs)[positions] if weight else None
+        main, label = head_loss(rows, head_of(self.student, self.dtype), targets.ids, targets.logp, labels, weight)
+        kl = main.detach() - weight * label
         zero = kl.new_zeros(())
         mask = inputs.get("attention_mask")
         real = slice(None) if mask is None else mask.bool().flatten()
@@ -75,8 +79,17 @@ class Distiller(nn.Module):
         ]
         router = torch.stack(routers).mean() if routers else zero
         self._inside.clear()
-        loss = kl + self.config.layer_weight * layer + self.config.oracle_weight * router
-        return torch.stack([loss, kl.detach(), layer.detach(), router.detach()])
+        loss = main + self.config.layer_weight * layer + self.config.oracle_weight * router
+        return torch.stack([loss, kl, label, layer.detach(), router.detach()])
+
+
+def next_words(inputs: Mapping[str, Tensor]) -> Tensor:
+    """(T,) int64: each position's next token in its window, -1 where there is none; padding is left out."""
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    following = torch.full_like(ids, -1)
+    following[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], -1)
+    return following[mask]
 
 
 def oracle_loss(centred: Tensor, amplitudes: Tensor, k: int) -> Tensor:

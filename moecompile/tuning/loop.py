@@ -19,6 +19,7 @@ from ..apply import moe_blocks
 from ..errors import InputError, MoECompileError
 from ..parity import evaluating
 from ..progress import Progress
+from .attention import use_blocks
 from .config import TuneConfig
 from .distiller import PARTS, Distiller
 from .parallel import has_blocks, mean, part_of, shard, whole, world
@@ -39,7 +40,7 @@ class Tuning:
         seconds: of training in all, checkpoints included.
         tokens_per_second: of this process's own steps.
         parameters: numbers that were trained.
-        curve: per step ``step, tokens, loss, kl, layers, router, gradient_norm, learning_rate``.
+        curve: per step ``step, tokens, loss, kl, label, layers, router, gradient_norm, learning_rate``.
         resumed_from: the step that the run went on from, 0 for a fresh one.
     """
 
@@ -141,8 +142,8 @@ class _Run:
         plan = moe.moecompile_plan  # type: ignore[union-attr]
         self.teacher = Teacher(teacher_model, plan, config.top_logits, config.layer_weight > 0, config.oracle_weight > 0)  # type: ignore[arg-type]
         top_k = {path: block.top_k for path, block in blocks.items()}
-        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dtype = auto if config.precision == "auto" else getattr(torch, config.precision)
+        dtype = config.dtype(device)
+        self.undo_attention = use_blocks(student, teacher_model)
         self.distiller = Distiller(student, self.teacher, self.inside, top_k, config, dtype)
         if count > 1:
             shard(self.distiller, student, teacher_model, list(dict.fromkeys(map(layer_path, blocks))), device)
@@ -189,6 +190,7 @@ class _Run:
             self._return()
         finally:
             self.undo()
+            self.undo_attention()
             self.teacher.close()
         size = sum(parameter.numel() for parameter in self.parameters)
         rate = (tokens - already) / seconds if first < steps else 0.0

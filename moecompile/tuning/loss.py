@@ -2,6 +2,7 @@
 
     L = sum_j in top p_j log(p_j / q_j) + p_rest log(p_rest / q_rest)
     dL/ds_j = q_j - p_j in the teacher's top,  q_j (1 - p_rest / q_rest) elsewhere
+    C = -log q_y,  dC/ds_j = q_j - [j = y]            (the text's own next word y, where it is wanted)
 
 p, q are the softmax of the teacher's and the student's logits; "top" are the teacher's largest ones, everything else is one
 class. Positions go through the head a chunk at a time, and the gradient of the hidden states is made in the forward pass while
@@ -28,22 +29,19 @@ class Head:
     """A language model's head: logits = cap * tanh((h W^T + b) / cap), without the tanh where ``cap`` is None.
 
     Attributes:
-        weight: (V, D).
-        bias: (V,) or None.
+        weight: (V, D), in the type to multiply in.
+        bias: (V,) of the same type, or None.
         cap: Gemma's soft cap.
-        dtype: to multiply in.
     """
 
     weight: Tensor
     bias: Tensor | None
     cap: float | None
-    dtype: torch.dtype
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, D) -> (T, V) float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(self.dtype)
-            raw = torch.nn.functional.linear(hidden.to(self.dtype), self.weight.to(self.dtype), bias).float()
+            raw = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
         return raw if self.cap is None else torch.tanh(raw / self.cap) * self.cap
 
     @property
@@ -65,10 +63,15 @@ def top_log_probabilities(hidden: Tensor, head: Head, count: int) -> tuple[Tenso
     return torch.cat(ids), torch.cat(values)
 
 
-class _HeadKL(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, ids: Tensor, logp: Tensor) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float64)
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, ids: Tensor, logp: Tensor, labels: Tensor | None, label_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        total, cross = hidden.new_zeros(2, dtype=torch.float64)
+        count = max(1, len(hidden))
+        known = labels >= 0 if labels is not None and label_weight else None
+        share = label_weight / max(1, int(known.sum())) if known is not None else 0.0
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), head.chunk):
             span = slice(start, start + head.chunk)
@@ -81,31 +84,45 @@ class _HeadKL(torch.autograd.Function):
             q_rest = (1 - log_q.exp().sum(1, keepdim=True)).clamp_min(_SMALL)
             loss = (p * (log_p - log_q)).sum(1, keepdim=True) + p_rest * (p_rest.clamp_min(_SMALL).log() - q_rest.log())
             total += loss.sum()
+            here = labels[span].clamp_min(0).unsqueeze(1) if labels is not None and known is not None else None
+            real = known[span].unsqueeze(1) if known is not None else None  # [C, 1]
+            if here is not None and real is not None:
+                cross -= (q.gather(1, here) * real).sum()
             if grad is not None:
-                q.exp_().mul_(1 - p_rest / q_rest).scatter_(1, index, log_q.exp() - p)
+                own = share * real if real is not None else 0.0
+                in_top = (log_q.exp() - p) / count + own * log_q.exp()
+                q.exp_().mul_((1 - p_rest / q_rest) / count + own).scatter_(1, index, in_top)
+                if here is not None and real is not None:
+                    q.scatter_add_(1, here, (-share * real).to(q.dtype))
                 if slope is not None:
                     q.mul_(slope)
                 with torch.autocast(hidden.device.type, enabled=False):
-                    grad[span] = (q.to(head.dtype) @ head.weight.to(head.dtype)).to(grad.dtype)
-        ctx.save_for_backward(grad if grad is None else grad.div_(max(1, len(hidden))))
-        return (total / max(1, len(hidden))).float()
+                    grad[span] = (q.to(head.weight.dtype) @ head.weight).to(grad.dtype)
+        ctx.save_for_backward(grad)
+        kl, label = (total / count).float(), (cross / max(1, int(known.sum()) if known is not None else 0)).float()
+        ctx.mark_non_differentiable(label)
+        return kl + label_weight * label, label
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None
+        return grad * grads[0].to(grad.dtype), None, None, None, None, None
 
 
-def head_kl(hidden: Tensor, head: Head, ids: Tensor, logp: Tensor) -> Tensor:
-    """Mean KL over positions, in nats.
+def head_loss(
+    hidden: Tensor, head: Head, ids: Tensor, logp: Tensor, labels: Tensor | None = None, label_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(mean KL over positions + label_weight * cross-entropy, the cross-entropy alone, without gradient), in nats.
 
     Args:
         hidden: (T, D), the student's last hidden states.
         head: the student's head.
         ids: (T, k) int64, words of the teacher's largest logits.
         logp: (T, k) float32, the teacher's log-probabilities of them.
+        labels: (T,) int64, the text's next words, -1 where there is none.
+        label_weight: 0 leaves the labels unread.
     """
-    return _HeadKL.apply(hidden, head, ids, logp)  # type: ignore[no-any-return]
+    return _HeadLoss.apply(hidden, head, ids, logp, labels, label_weight)  # type: ignore[no-any-return]
 
 
 def relative_error(own: Tensor, target: Tensor) -> Tensor:

@@ -145,7 +145,8 @@ def choose_parameters(model: nn.Module, config: TuneConfig) -> dict[str, str]:
             if config.lora_rank:
                 _low_rank(block, config)
             for name, parameter in block.named_parameters():
-                if not name.startswith("router.") and not name.endswith(".original"):
+                idle = name.startswith("experts.") and block.top_k == 0
+                if not idle and not name.startswith("router.") and not name.endswith(".original"):
                     chosen[f"{path}.{name}"] = "experts"
                     parameter.requires_grad_(True)
         if "router" in config.stages and block.router is not None:
@@ -155,6 +156,10 @@ def choose_parameters(model: nn.Module, config: TuneConfig) -> dict[str, str]:
     if "norms" in config.stages:
         for name, parameter in norm_parameters(model):
             chosen[name] = "norms"
+            parameter.requires_grad_(True)
+    if "attention" in config.stages:
+        for name, parameter in attention_parameters(model):
+            chosen[name] = "attention"
             parameter.requires_grad_(True)
     for stage in config.stages:
         if stage not in chosen.values():
@@ -172,6 +177,19 @@ def norm_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         for path, module in model.named_modules()
         if "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False)
+    ]
+
+
+def attention_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What the layers with MoE blocks hold beside the blocks and the normalisations, by name: attention, as a rule."""
+    blocks = moe_blocks(model)
+    taken = {id(parameter) for block in blocks.values() for parameter in block.parameters()}
+    taken |= {id(parameter) for _, parameter in norm_parameters(model)}
+    return [
+        (f"{path}.{name}", parameter)
+        for path in dict.fromkeys(map(layer_path, blocks))
+        for name, parameter in model.get_submodule(path).named_parameters()
+        if id(parameter) not in taken
     ]
 
 

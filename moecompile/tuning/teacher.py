@@ -19,7 +19,7 @@ from ..plans import MoEPlan, SitePlan
 from .config import TuneConfig
 from .loss import Head, top_log_probabilities
 from .parallel import mean
-from .student import Inside, layer_path, norm_parameters, watch_layers
+from .student import Inside, attention_parameters, layer_path, norm_parameters, watch_layers
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Targets:
 
 
 def head_of(model: nn.Module, dtype: torch.dtype) -> Head:
-    """The head as a matrix.
+    """The head as a matrix of ``dtype``, cast once.
 
     Raises:
         InputError: the model has none.
@@ -49,7 +49,8 @@ def head_of(model: nn.Module, dtype: torch.dtype) -> Head:
     if not isinstance(head, nn.Linear):
         raise InputError(f"{type(model).__name__} has no linear head; tuning needs a causal language model of transformers")
     settings = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    return Head(head.weight, head.bias, getattr(settings, "final_logit_softcapping", None), dtype)
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+    return Head(head.weight.detach().to(dtype), bias, getattr(settings, "final_logit_softcapping", None))
 
 
 def hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -86,10 +87,11 @@ def share_tensors(student: nn.Module, dense: nn.Module, config: TuneConfig | Non
     Raises:
         InputError: most of them differ, so the two do not belong together.
     """
-    trained = [id(parameter) for block in moe_blocks(student).values() for parameter in block.parameters()]
-    if config is not None and "norms" in config.stages:
-        trained += [id(parameter) for _, parameter in norm_parameters(student)]
-    own = {name: one for name, one in student.named_parameters(remove_duplicate=False) if id(one) not in set(trained)}
+    trained = {id(parameter) for block in moe_blocks(student).values() for parameter in block.parameters()}
+    for stage, parameters in (("norms", norm_parameters), ("attention", attention_parameters)):
+        if config is not None and stage in config.stages:
+            trained |= {id(parameter) for _, parameter in parameters(student)}
+    own = {name: one for name, one in student.named_parameters(remove_duplicate=False) if id(one) not in trained}
     saved, seen, compared = 0, set(), {}
     for name, parameter in dense.named_parameters(remove_duplicate=False):
         twin = own.get(name)
