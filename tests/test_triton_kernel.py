@@ -91,7 +91,9 @@ def test_source_stands_alone() -> None:
     for node in ast.walk(ast.parse(source)):
         imported |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
         imported |= {node.module} if isinstance(node, ast.ImportFrom) else set()
-    assert imported == {"__future__", "collections.abc", "typing", "torch", "triton", "triton.language"}
+    assert imported == {
+        "__future__", "collections.abc", "functools", "typing", "torch", "triton", "triton.language", "triton.tools.tensor_descriptor",
+    }  # fmt: skip
     assert source == emit(replace(SPEC, direction="backward")) and "act(x) = silu(x)" in source and "hidden_size=2048" in source
     assert not [word for word in (".item(", ".tolist(", "bincount(", "nonzero(", "atomic") if word in source]
 

@@ -13,7 +13,7 @@ import json
 import random
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from moecompile.codegen.triton_backend import Kernel, build, expert_ffn_backward, route
 from moecompile.codegen.triton_backend import moe_ffn as generated
+from moecompile.codegen.triton_constants import heuristic
 from moecompile.codegen.triton_expressions import RULES, activation_function
 from moecompile.codegen.triton_slopes import derivative_function
 from moecompile.codegen.triton_spec import TritonSpec
@@ -42,6 +43,7 @@ class Case:
         shared: S.
         pick: which experts are chosen: ``any``, ``few`` (half of them never), ``same`` (all tokens alike).
         block: rows of a tile; None leaves it to the kernel.
+        ways: of ``swap``, ``tma`` and ``persistent``, those that tiles are to take; None leaves it to the kernel.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Case:
     block: int | None = None
     strided: bool = False
     shared: int = 0
+    ways: str | None = None
 
 
 # What the default run of the tests takes: every branch of the kernels once, in small shapes.
@@ -70,8 +73,14 @@ CASES = [
     Case("empty experts, several groups", (24, 12, 4, 40, 40), bias=True, pick="few"),
     Case("large tiles, all alike", (70, 3, 1, 40, 40), pick="same", block=64),
     Case("unit gates, strided", (12, 8, 2, 40, 24), unit=True, strided=True),
+    Case("swapped, shared", (12, 5, 2, 70, 37), bias=True, shared=37, ways="swap", block=16),
+    Case("described, persistent, shared", (24, 5, 2, 72, 136), bias=True, shared=40, ways="tma persistent", block=16),
+    Case("described, swapped, plain", (12, 5, 2, 40, 72), gated=False, bias=True, ways="tma swap", block=16),
 ]
 MORE = [
+    Case("persistent, empty experts", (40, 12, 3, 70, 37), bias=True, pick="few", ways="persistent", block=16),
+    Case("described, large tiles", (70, 3, 2, 136, 72), ways="tma persistent", block=64, unit=True),
+    Case("described, one token", (1, 3, 2, 72, 72), ways="tma", block=16),
     *(Case(f"gated, biases, T={tokens}", (tokens, 8, 2, 40, 24), bias=True) for tokens in (3, 40)),
     *(Case(f"plain, T={tokens}", (tokens, 8, 2, 40, 24), gated=False) for tokens in (1, 3, 40)),
     Case("pairs, odd sizes", (2, 8, 2, 301, 37), bias=True, activation="gelu"),
@@ -164,15 +173,18 @@ def expected(case: Case, tensors: dict[str, Tensor | None]) -> Tensor:
 def kernel_of(case: Case, dtype: torch.dtype) -> Kernel:
     """The kernel that a case needs."""
     _, experts, chosen, hidden, width = case.shape
-    return build(
-        TritonSpec(hidden, width, experts, chosen, case.gated, case.activation, NAMES[dtype], shared_width=case.shared)
-    )
+    spec = TritonSpec(hidden, width, experts, chosen, case.gated, case.activation, NAMES[dtype], shared_width=case.shared)
+    if case.ways is None:
+        return build(spec)
+    ways = {way: way in case.ways.split() for way in ("swap", "tma", "persistent")}
+    constants = heuristic(spec)
+    return build(spec, replace(constants, tiles=tuple(replace(tile, **ways) for tile in constants.tiles)))
 
 
 def run(case: Case, tensors: dict[str, Tensor | None]) -> Tensor:
     """The generated kernels."""
     order = offsets = None
-    if case.block is None:
+    if case.block is None and case.ways is None:
         return generated(order=order, offsets=offsets, activation=case.activation, gated=case.gated, **tensors)  # type: ignore[arg-type]
     kernel = kernel_of(case, tensors["x"].dtype)  # type: ignore[union-attr]
     names = ("x", "ids", "weights", "up", "down", "up_bias", "down_bias")
