@@ -37,7 +37,7 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
     """The passes of a graph that is not differentiated.
 
     Args:
-        weight_format: ``same`` or ``int8``, how CPU kernels read the experts' weights.
+        weight_format: how kernels read the experts' weights: ``same`` as stored, ``int8``, or on GPUs ``int4`` or ``fp8``.
     """
     return [
         FoldConstants(),
@@ -48,7 +48,7 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
         MergeShared(),
         FuseBlock(),
         DeadCode(),
-        LowerTriton(),
+        LowerTriton(weight_format),
         LowerCPU(weight_format),
     ]
 

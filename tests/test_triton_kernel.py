@@ -13,15 +13,18 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from moecompile.codegen.triton_algebra import ALGEBRA
 from moecompile.codegen.triton_backend import Unavailable, build, emit, expert_ffn, unsupported
 from moecompile.codegen.triton_compile import compile_for
 from moecompile.codegen.triton_expressions import RULES, activation_function, literal
-from moecompile.codegen.triton_slopes import BINARY, SLOPES
+from moecompile.codegen.triton_slopes import BINARY, SLOPES, derivative_function
 from moecompile.codegen.triton_spec import TritonSpec
-from triton_interpreted import BACKWARD, CASES, MORE, MORE_BACKWARD, Case, check_backward, error_of, kernel_of, operands, run
+from triton_cases import CASES, MORE, Case, error_of, kernel_of, operands, run
+from triton_interpreted import BACKWARD, MORE_BACKWARD, check_backward
 
 from moecompile.activations import PRIMITIVES
 from moecompile.errors import PlanError
@@ -91,9 +94,8 @@ def test_source_stands_alone() -> None:
     for node in ast.walk(ast.parse(source)):
         imported |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
         imported |= {node.module} if isinstance(node, ast.ImportFrom) else set()
-    assert imported == {
-        "__future__", "collections.abc", "functools", "typing", "torch", "triton", "triton.language", "triton.tools.tensor_descriptor",
-    }  # fmt: skip
+    known = {"__future__", "collections.abc", "functools", "typing", "torch", "triton", "triton.language"}
+    assert imported == known | {"triton.tools.tensor_descriptor"}
     assert source == emit(replace(SPEC, direction="backward")) and "act(x) = silu(x)" in source and "hidden_size=2048" in source
     assert not [word for word in (".item(", ".tolist(", "bincount(", "nonzero(", "atomic") if word in source]
 
@@ -119,7 +121,29 @@ def test_source_is_tidy(spec: TritonSpec) -> None:
 
 
 def test_every_primitive_has_a_form_and_a_derivative() -> None:
-    assert set(RULES) == set(PRIMITIVES) == set(SLOPES) | set(BINARY)
+    assert set(RULES) | set(ALGEBRA) == set(PRIMITIVES) and set(RULES) == set(SLOPES) | set(BINARY)
+    assert not set(RULES) & set(ALGEBRA)
+
+
+def test_an_activation_is_one_line_of_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new line serves values and derivatives, alone and within other expressions; torch's autograd agrees with both."""
+
+    def reference(x: torch.Tensor, a: float = 4.0) -> torch.Tensor:
+        return 0.5 * (x + (x * x + a).sqrt())
+
+    def rule(u: tuple[torch.Tensor, torch.Tensor | None], a: tuple[float, None] = (4.0, None)) -> tuple[torch.Tensor, None]:
+        return reference(u[0], a[0]), None
+
+    monkeypatch.setitem(ALGEBRA, "squareplus", "x, a=4: 0.5 * (x + sqrt(x * x + a))")
+    monkeypatch.setitem(PRIMITIVES, "squareplus", rule)
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64, requires_grad=True)
+    for text, wanted in (("squareplus(x)", reference(x)), ("mul(x, squareplus(neg(x), 2))", x * reference(-x, 2.0))):
+        assert f'"""{text}"""' in activation_function(text)
+        names: dict[str, object] = {"tl": SimpleNamespace(sqrt=torch.sqrt, zeros_like=torch.zeros_like)}
+        exec(derivative_function(text, "slope").replace("@triton.jit", ""), names)
+        value, slope = names["slope"](x.detach())  # type: ignore[operator]
+        torch.testing.assert_close(value, wanted.detach())
+        torch.testing.assert_close(slope, torch.autograd.grad(wanted.sum(), x)[0])
 
 
 @pytest.mark.parametrize(("number", "text"), [(1e39, 'float("inf")'), (-1e39, 'float("-inf")'), (1e-39, "0.0"), (0.1, "0.1")])
@@ -160,7 +184,6 @@ def test_refusals_of_emit(activation: str, reason: str) -> None:
         ({"precision": "tf32", "dtype": "bfloat16"}, "float32 products"),
         ({"weight_format": "fp8", "group_size": 32}, "no groups"),
         ({"weight_format": "int8", "group_size": 48}, "power of two"),
-        ({"weight_format": "int4", "group_size": 32}, "do not divide"),
         ({"weight_format": "int4", "expert_width": 17}, "do not divide"),
         ({"weight_format": "int8", "direction": "backward"}, "no backward"),
         ({"shared_bias": True}, "without shared"),
