@@ -24,7 +24,7 @@ from moecompile.codegen.triton_expressions import RULES, activation_function, li
 from moecompile.codegen.triton_slopes import BINARY, SLOPES, derivative_function
 from moecompile.codegen.triton_spec import TritonSpec
 from triton_cases import CASES, MORE, Case, error_of, kernel_of, operands, run
-from triton_interpreted import BACKWARD, MORE_BACKWARD, check_backward
+from triton_interpreted import BACKWARD, MORE_BACKWARD, check_backward, check_operator
 
 from moecompile.activations import PRIMITIVES
 from moecompile.errors import PlanError
@@ -78,11 +78,16 @@ def test_the_benchmark_runs_dry(cache: Path) -> None:
     assert all(
         row["error"] < 1e-5 and row["gradient_error"] < 1e-5 and row["same_bits"] for row in record["correctness"]["value"]
     )
+    assert all(error < 1e-5 for row in record["correctness"]["value"] for error in row["peers"].values())
     for stage in ("forward", "backward"):
         rows = record[stage]["value"]
-        assert {row["system"] for row in rows} >= {"ours", "grouped_mm", "batched_mm"} and not any(
-            "failed" in row for row in rows
-        )
+        assert {row["system"] for row in rows} >= {
+            "ours",
+            "grouped_mm",
+            "batched_mm",
+            "hf_grouped_mm",
+            "hf_batched_mm",
+        } and not any("failed" in row for row in rows)
     assert (
         "times mean nothing" in record["device"] and "| tiny | skewed | 6 |" in (cache / "out" / "kernels-dry.md").read_text()
     )
@@ -252,6 +257,12 @@ def test_on_a_device(case: Case, cache: Path) -> None:
 def test_gradients_on_a_device(case: Case, cache: Path) -> None:
     for dtype, tolerance in ((torch.float32, 5e-6), (torch.float16, 3e-3), (torch.bfloat16, 2.5e-2)):
         assert check_backward(case, dtype, "cuda", times=20) <= tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["int8/128", "int4/64", "fp8/0"])
+def test_stored_weights_on_a_device(form: str, cache: Path) -> None:
+    assert max(check_operator(form, tokens, (128, 96), "cuda") for tokens in (1, 9, 200)) <= 3e-6
 
 
 @pytest.mark.gpu

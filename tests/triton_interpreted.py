@@ -326,11 +326,11 @@ def arguments_in_place() -> Iterator[None]:
         yield
 
 
-def check_operator(form: str, tokens: int, shape: tuple[int, int] = (90, 46)) -> float:
+def check_operator(form: str, tokens: int, shape: tuple[int, int] = (90, 46), device: str = "cpu") -> float:
     """The operator with a weight format, by Triton and by torch operators in float64; changed weights are packed again."""
     hidden, width = shape
     case = Case("", (tokens, 4, 2, hidden, width), bias=True, shared=20)
-    tensors = operands(case, torch.float32)
+    tensors = operands(case, torch.float32, device)
     given = {"router_weight": None, "router_bias": None, "order": None, "offsets": None, **tensors}
     names = [argument.name for argument in torch.ops.moecompile.moe_ffn.default._schema.arguments][:17]
     worst = 0.0
