@@ -108,7 +108,7 @@ def heuristic(spec: TritonSpec) -> Constants:
     )
     back, weights = _backward(spec, tiles)
     back_why = ("NOT TUNED: few columns and many warps, for three products are alive at once, and an activation's derivative.",)
-    pairs = Pairs(16, 512 // size, 4)
+    pairs = Pairs(8 if spec.weight_format == "fp8" else 16, 512 // size, 4)  # 16 rows of fp8 spill on cc 9.0
     return Constants(tuple(tiles), pairs, 2048 // size, _RANK_LIMIT, why, back, weights, back_why)
 
 
@@ -161,8 +161,11 @@ def _fitted(spec: TritonSpec, tile: Tiles) -> Tiles:
             tile = replace(tile, tma=True)
         else:
             tile = replace(tile, block_n=columns, stages=4, tma=True, persistent=True)
-    elif int(spec.target.arch) >= 100 and spec.quantised and tile.block_m > 64:
+    elif int(spec.target.arch) >= 100 and spec.quantised and tile.block_m != 64:
         tile = replace(tile, block_n=64)  # 128 columns of 8-bit weights spill on cc 10.0
+    if spec.element_bytes == 2 and tile.block_m > 16 and (spec.hidden_size % 8 or spec.expert_width % 8):
+        # Rows that do not begin at 16 bytes are read by elements, each with its address; wide tiles spill.
+        tile = replace(tile, block_n=32 if spec.target.backend == "hip" else 64, block_k=32)
     if spec.group_size:
         tile = replace(tile, block_k=math.gcd(tile.block_k, spec.group_size))
     return tile
