@@ -428,9 +428,9 @@ def checks(everything: bool) -> dict[str, Any]:
     found |= {
         "far weights, float16": check_far_weights,
         "far rows, float16": check_far_rows,
-        "any float32": lambda: check_any(error_of, torch.float32, 120 if everything else 25),
-        "any float16": lambda: check_any(error_of, torch.float16, 60 if everything else 10),
-        "any backward, float32": lambda: check_any(check_any_backward, torch.float32, 60 if everything else 8),
+        "any float32": lambda: check_any(error_of, torch.float32, 120 if everything else 15),
+        "any float16": lambda: check_any(error_of, torch.float16, 60 if everything else 6),
+        "any backward, float32": lambda: check_any(check_any_backward, torch.float32, 60 if everything else 5),
     }
     cases = CASES + (MORE if everything else [])
     for dtype, chosen in ((torch.float32, cases), (torch.float16, cases[2::3])):
