@@ -232,7 +232,8 @@ def stored(w: Tensor, form: str, group: int) -> tuple[Tensor, Tensor, Tensor]:
     return (halves[..., 0::2] | (halves[..., 1::2] << 4)).contiguous(), scale.squeeze(-1), values
 
 
-TOLERANCES = {torch.float32: 3e-6, torch.float16: 1.5e-3}
+# Of any shape: an output may be one number, in which parts that were rounded to float16 (2^-11 each) cancel.
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 4e-3}
 
 
 def check_any(check: Callable[[Case, torch.dtype], float], dtype: torch.dtype, count: int) -> float:
