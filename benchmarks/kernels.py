@@ -8,6 +8,7 @@
 | ours | the generated kernels, tuned if ``moecompile autotune`` ran on this device |
 | grouped_mm | torch: sort, two ``F.grouped_mm``, activation, sum |
 | batched_mm | torch: the chosen experts' weights gathered, two ``bmm`` (few tokens alone) |
+| hf_grouped_mm, hf_batched_mm | transformers' own experts implementations, in a Mixtral's experts |
 | liger, vllm | ``LigerFusedMoEFunction``, ``fused_experts``, where they are installed |
 
 Each row is a median with a cold L2 and random data; forward in a CUDA graph (eager where a peer cannot be captured), forward
@@ -87,9 +88,41 @@ def batched_mm(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor
     return out.view(*ids.shape, -1).sum(1)
 
 
+def transformers_experts(implementation: str) -> Run:
+    """The experts of transformers' Mixtral, by one of its implementations.
+
+    Raises:
+        ImportError: this transformers has none.
+    """
+    from transformers import MixtralConfig
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    if implementation not in ALL_EXPERTS_FUNCTIONS.valid_keys():
+        raise ImportError(f"transformers has no experts implementation {implementation}")
+    made: dict[tuple[int, int, int], torch.nn.Module] = {}
+
+    def run(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        experts, hidden, width = down.shape
+        if (experts, hidden, width) not in made:
+            config = MixtralConfig(hidden_size=hidden, intermediate_size=width, num_local_experts=experts)
+            config._experts_implementation = implementation
+            with torch.device("meta"):
+                made[experts, hidden, width] = MixtralExperts(config)
+        parameters = {"gate_up_proj": up, "down_proj": down}
+        return torch.func.functional_call(made[experts, hidden, width], parameters, (x, ids, weights))
+
+    return run
+
+
 def systems() -> dict[str, Run]:
     """Name -> system, of those that are installed."""
     found: dict[str, Run] = {"ours": ours, "grouped_mm": grouped_mm, "batched_mm": batched_mm}
+    for name in ("grouped_mm", "batched_mm"):
+        try:
+            found[f"hf_{name}"] = transformers_experts(name)
+        except ImportError as reason:
+            say(f"hf_{name} is left out: {reason}")
     try:
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
@@ -157,7 +190,7 @@ class Bench:
     def fits(self, system: str, spec: TritonSpec, tokens: int) -> bool:
         """Whether a system is measured with so many tokens."""
         gathered = tokens * spec.top_k * 3 * spec.hidden_size * spec.expert_width * spec.element_bytes
-        return system != "batched_mm" or gathered <= BATCHED_BYTES
+        return "batched_mm" not in system or gathered <= BATCHED_BYTES
 
     def time(self, run: Callable[[], Any], graph: bool) -> tuple[float, bool]:
         """(microseconds, whether in a graph)."""
@@ -195,15 +228,25 @@ class Bench:
                 first = ours(x, ids, weights, up, down)
                 same = all(torch.equal(first, ours(x, ids, weights, up, down)) for _ in range(2 if self.dry else 20))
                 error = float((first.double() - want).abs().max() / want.abs().max())
-                rows.append(
-                    {"shape": name, "tokens": tokens, "error": error, "same_bits": same, **self._gradients(spec, tokens)}
-                )
+                row = {"shape": name, "tokens": tokens, "error": error, "same_bits": same, **self._gradients(spec, tokens)}
+                rows.append(row | {"peers": self._peers((x, ids, weights, up, down), want)})
                 say(f"{name} T={tokens}: relative error {error:.1e}, equal bits: {same}")
         self.keep("correctness", rows)
         most = {"bfloat16": 1e-2, "float16": 1e-3, "float32": 1e-5}[self.dtype]
         bad = [row for row in rows if not (row["error"] <= most and row["gradient_error"] <= 2 * most and row["same_bits"])]
         if bad:
             raise SystemExit(f"wrong results, nothing else is measured: {bad[0]}")
+
+    def _peers(self, operands: tuple[Tensor, ...], want: Tensor) -> dict[str, float | str]:
+        """What the other systems are off by; the reason of one that does not run. They must compute the same thing."""
+        errors: dict[str, float | str] = {}
+        for system, run in self.systems.items():
+            if system != "ours":
+                try:
+                    errors[system] = float((run(*operands).double() - want).abs().max() / want.abs().max())
+                except (RuntimeError, NotImplementedError, ValueError) as reason:
+                    errors[system] = " ".join(str(reason).split())[:200]
+        return errors
 
     def _gradients(self, spec: TritonSpec, tokens: int) -> dict[str, float]:
         """The largest relative error of the five operands' gradients."""
@@ -254,10 +297,8 @@ class Bench:
                                     "flops_per_second": 1e6 * work / row["microseconds"],
                                 }
                             rows.append(row)
-                    say(
-                        f"{name} {routing} T={tokens}: "
-                        + ", ".join(_short(row) for row in rows if row["tokens"] == tokens)[-160:]
-                    )
+                    here = [row for row in rows if (row["shape"], row["routing"], row["tokens"]) == (name, routing, tokens)]
+                    say(f"{name} {routing} T={tokens}: {', '.join(map(_short, here))}")
         return rows
 
     def _row(self, system: str, run: Run, operands: list[Tensor], training: bool) -> dict[str, Any]:

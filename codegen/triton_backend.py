@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import write_bytes
 from ..logs import log
+from . import stored
 from .triton_cache import Device, constants_for
 from .triton_constants import Constants
 from .triton_emit import emit
@@ -141,6 +142,7 @@ def moe_ffn(
     *,
     activation: str,
     gated: bool,
+    weight_format: str = "same",
 ) -> Tensor:
     """Routed and shared experts by generated kernels, in the same launches.
 
@@ -160,6 +162,7 @@ def moe_ffn(
         bias: (D,), added to every row of y, or None.
         activation: a name or expression of :mod:`moecompile.activations`.
         gated: whether G is 2.
+        weight_format: ``same``, or a name of :mod:`.stored`: up and down are packed once and read so; shared experts are not.
 
     Returns:
         (T, D), dtype of x. Sums are taken in float32, in an order that depends on the shapes and ids alone.
@@ -185,6 +188,7 @@ def moe_ffn(
             gated,
             activation,
             DTYPES[x.dtype],
+            *(("same", 0) if weight_format == "same" else stored.parsed(weight_format)),
             precision=_precision(x, target),
             weighted=weights is not None,
             up_bias=up_bias is not None,
@@ -194,11 +198,18 @@ def moe_ffn(
             output_bias=bias is not None,
             target=target,
         )
+        more: dict[str, Any] = {"bias": bias}
+        if weight_format != "same":
+            reason = stored.refusal(spec.weight_format, target, spec.hidden_size, spec.expert_width)
+            if reason:
+                raise Unavailable(reason)
+            up, more["up_scale"] = stored.packed(up, weight_format)
+            down, more["down_scale"] = stored.packed(down, weight_format)
     except ValueError as error:
         raise Unavailable(str(error)) from None
     kernel = build(spec, _tuned(spec, x.device))
     routing = None if order is None or offsets is None else kernel.cut(order, offsets)
-    more: dict[str, Any] = {"bias": bias, "routing": routing}
+    more["routing"] = routing
     if shared:
         more["shared"] = kernel.module.Shared(shared_gate, shared_up, shared_down, shared_gate_bias, shared_up_bias)
     return kernel(x, ids, weights, up, down, up_bias, down_bias, **more)

@@ -128,6 +128,11 @@ def _compile(spec: TritonSpec, name: str, function: Any, launch: dict[str, Any],
             signature[argument] = "constexpr"
         elif argument in _NUMBERS:
             signature[argument] = "i32"
+        elif argument in ("up", "down") and launch.get("TMA"):
+            parts = 2 if spec.gated and argument == "up" else 1
+            signature[argument] = (
+                f"tensordesc<{_TYPES[spec.dtype]}[1,{parts},{launch['BLOCK_N'] // parts},{launch['BLOCK_K']}]>"
+            )
         else:
             signature[argument] = _pointer(spec, argument)
             attributes[(place,)] = [["tt.divisibility", 16]]  # as torch's allocators align

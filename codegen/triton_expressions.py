@@ -2,8 +2,8 @@
 
 Every intermediate value gets a name and equal ones share it, so the code can be read and nothing is computed twice. Only
 ``tl.exp``, ``log``, ``sqrt``, ``rsqrt``, ``sin``, ``cos`` and ``erf`` are called: they exist for CUDA, for HIP and in the
-interpreter, which libdevice does not. To add a primitive, add one line to :data:`RULES`, and one to ``SLOPES`` of
-:mod:`.triton_slopes` for its derivative.
+interpreter, which libdevice does not. :data:`RULES` has the elementary functions; activations are lines of
+:mod:`.triton_algebra`, and a new one is added there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 
 from ..activations import PRIMITIVES, Activation
+from .triton_algebra import ALGEBRA, expanded
 
 
 class Unavailable(RuntimeError):
@@ -89,15 +90,31 @@ class Printer:
             inner = self.visit(node.operand)
             return self.let(f"-{inner}") if isinstance(inner, str) else -inner
         assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        name, operands = node.func.id, [self.visit(argument) for argument in node.args]
+        name = node.func.id
+        if name == "where":
+            return self.pick(node, *[self.visit(branch) for branch in node.args[1:]])
+        operands = [self.visit(argument) for argument in node.args]
         try:
             if not any(isinstance(operand, str) for operand in operands):
                 return float(PRIMITIVES[name](*[(operand, None) for operand in operands])[0])
+            if name in ALGEBRA:
+                return self.visit(expanded(node))
             if name not in RULES:
                 raise Unavailable(f"the activation primitive '{name}' has no Triton form")
             return RULES[name](self, *operands)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise Unavailable(f"'{ast.unparse(node)}' has no Triton form: {error}") from error
+
+    def pick(self, where: ast.Call, then: Value, otherwise: Value) -> Value:
+        """One of two values, by the condition of a ``where``, whose left side is a tensor."""
+        condition = where.args[0]
+        assert isinstance(condition, ast.Compare)
+        sign = _SIGNS[type(condition.ops[0])]
+        left, right = self.visit(condition.left), self.visit(condition.comparators[0])
+        return self.let(f"tl.where({left} {sign} {text_of(right)}, {text_of(then)}, {text_of(otherwise)})")
+
+
+_SIGNS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 
 
 def text_of(value: Value) -> str:
@@ -119,12 +136,6 @@ def _pick(sign: str) -> Callable[[Printer, Value, Value], Value]:
 def _form(code: str) -> Callable[[Printer, str], Value]:
     """A rule for one operand ``u`` that is a single line of code."""
     return lambda p, u: p.let(code.replace("{u}", u))
-
-
-def _clamp(p: Printer, u: str, low: float = -1.0, high: float = 1.0) -> str:
-    # By comparisons, not tl.minimum, which turns NaN into a number and so hides an overflow.
-    below = p.let(f"tl.where({u} < {literal(low)}, {literal(low)}, {u})")
-    return p.let(f"tl.where({below} > {literal(high)}, {literal(high)}, {below})")
 
 
 def _horner(p: Printer, variable: str, coefficients: list[float]) -> str:
@@ -176,43 +187,6 @@ def _pow(p: Printer, u: str, exponent: float) -> str:
     return p.let(f"tl.exp({literal(exponent)} * tl.log({u}))")  # NaN below 0, as it should be
 
 
-def _softplus(p: Printer, u: str, beta: float = 1.0, threshold: float = 20.0) -> str:
-    inner = p.let(f"{u} * {literal(beta)}")
-    soft = _log1p(p, p.let(f"tl.exp({inner})"))
-    return p.let(f"tl.where({inner} > {literal(threshold)}, {u}, {soft} / {literal(beta)})")
-
-
-def _logsigmoid(p: Printer, u: str) -> str:
-    tail = _log1p(p, p.let(f"tl.exp(-tl.abs({u}))"))
-    return p.let(f"tl.where({u} > 0.0, -{tail}, {u} - {tail})")
-
-
-def _gelu_tanh(p: Printer, u: str) -> str:
-    # (1 + tanh z) / 2 = sigmoid(2 z): no cancellation.
-    z = p.let(f"{u} * ({literal(2 * math.sqrt(2 / math.pi))} + {literal(0.044715 * 2 * math.sqrt(2 / math.pi))} * {u} * {u})")
-    return p.let(f"{u} / (1.0 + tl.exp(-{z}))")
-
-
-def _mish(p: Printer, u: str) -> str:
-    # tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2); above 20 it is 1 in float32, and e is kept from overflowing.
-    e = p.let(f"tl.exp(tl.minimum({u}, 20.0))")
-    n = p.let(f"{e} * ({e} + 2.0)")
-    return p.let(f"{u} * ({n} / ({n} + 2.0))")
-
-
-def _leaky_relu(p: Printer, u: str, slope: float = 0.01) -> str:
-    return p.let(f"tl.where({u} < 0.0, {u} * {literal(slope)}, {u})")
-
-
-def _elu(p: Printer, u: str, alpha: float = 1.0, scale: float = 1.0, inner: float = 1.0) -> str:
-    low = _expm1(p, p.let(f"{u} * {literal(inner)}"))
-    return p.let(f"tl.where({u} > 0.0, {u} * {literal(scale)}, {low} * {literal(alpha * scale)})")
-
-
-def _hardsigmoid(p: Printer, u: str) -> str:
-    return p.let(f"{_clamp(p, p.let(f'{u} + 3.0'), 0.0, 6.0)} * {literal(1 / 6)}")
-
-
 # primitive of moecompile.activations -> rule on names of tensors and constants
 RULES: dict[str, Callable[..., Value]] = {
     "add": _infix("+"),
@@ -223,11 +197,9 @@ RULES: dict[str, Callable[..., Value]] = {
     "maximum": _pick(">="),
     "neg": _form("-{u}"),
     "abs": _form("tl.abs({u})"),
-    "square": _form("{u} * {u}"),
     "pow": _pow,
     "sqrt": _form("tl.sqrt({u})"),
     "rsqrt": _form("tl.rsqrt({u})"),
-    "reciprocal": _form("1.0 / {u}"),
     "exp": _form("tl.exp({u})"),
     "expm1": _expm1,
     "log": _form("tl.log({u})"),
@@ -237,18 +209,4 @@ RULES: dict[str, Callable[..., Value]] = {
     "tanh": _tanh,
     "sigmoid": _form("1.0 / (1.0 + tl.exp(-{u}))"),
     "erf": _form("tl.erf({u})"),
-    "relu": _form("tl.where({u} < 0.0, 0.0, {u})"),
-    "relu6": lambda p, u: _clamp(p, u, 0.0, 6.0),
-    "silu": _form("{u} / (1.0 + tl.exp(-{u}))"),
-    "gelu": _form(f"0.5 * {{u}} * (1.0 + tl.erf({{u}} * {literal(math.sqrt(0.5))}))"),
-    "gelu_tanh": _gelu_tanh,
-    "mish": _mish,
-    "softplus": _softplus,
-    "softsign": _form("{u} / (1.0 + tl.abs({u}))"),
-    "logsigmoid": _logsigmoid,
-    "hardsigmoid": _hardsigmoid,
-    "hardswish": lambda p, u: p.let(f"{u} * {_hardsigmoid(p, u)}"),
-    "hardtanh": _clamp,
-    "leaky_relu": _leaky_relu,
-    "elu": _elu,
 }

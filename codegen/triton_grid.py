@@ -27,8 +27,6 @@ SHAPES = {
     "OLMoE": (2048, 1024, 64, 8),
     "Llama-7B/8": (4096, 1376, 8, 2),
 }
-PRODUCTS = ("up_pairs", "down_pairs", "up_tiles", "down_tiles")
-BACKWARD = ("hidden_back", "input_back", "weight_back")
 Row = list[int | str]  # registers, spill_bytes, shared_bytes, mma
 TABLE = Path(__file__).parent / "resources.json"
 
@@ -39,9 +37,9 @@ def spec_of(shape: str, target: Target, dtype: str = "bfloat16", **fields: objec
 
 
 def rows_of(
-    shape: str, target: Target, blocks: Collection[int] | None = None, only: Collection[str] = PRODUCTS + BACKWARD
+    shape: str, target: Target, blocks: Collection[int] | None = None, only: Collection[str] | None = None
 ) -> dict[str, Row]:
-    """Kernel -> what it uses, for one shape and target, forward and backward.
+    """Kernel -> what it uses, for one shape and target, forward and backward; all kernels that a benchmark of it launches.
 
     Raises:
         CompileError: the lint has a reason against a kernel.

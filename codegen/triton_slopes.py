@@ -1,7 +1,8 @@
 """Derivatives of activation expressions as Triton code, by forward differentiation:  (u, u')  ->  (f(u), f'(u) u').
 
-To add a primitive's derivative, add one line to :data:`SLOPES`; values are those of :mod:`.triton_expressions`, and what the
-two share is computed once. At a kink the slope is the one that torch's own backward uses.
+:data:`SLOPES` and :data:`BINARY` are the calculus of the elementary functions; everything in :mod:`.triton_algebra` follows
+from them. Values are those of :mod:`.triton_expressions`, and what the two share is computed once. At a kink the slope is the
+one that torch's own backward uses.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable
 
 from ..activations import Activation
+from .triton_algebra import ALGEBRA, expanded
 from .triton_expressions import RULES, Printer, Unavailable, Value, function_text, literal, shaped, text_of
 
 Dual = tuple[Value, Value | None]  # value, slope; a slope of None is 0
@@ -44,6 +46,12 @@ def _visit(p: Printer, node: ast.expr) -> Dual:
         return p.visit(node), _times(p, -1.0, slope)
     assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     value, name = p.visit(node), node.func.id
+    if name in ALGEBRA and isinstance(value, str):
+        return _visit(p, expanded(node))
+    if name == "where":
+        branches = [_visit(p, branch)[1] for branch in node.args[1:]]
+        then, otherwise = (0.0 if slope is None else slope for slope in branches)
+        return value, None if branches == [None, None] else p.pick(node, then, otherwise)
     operands = [_visit(p, argument) for argument in node.args]
     if all(slope is None for _, slope in operands) or not isinstance(value, str):
         return value, None
@@ -111,14 +119,6 @@ def _form(code: str) -> Callable[..., Value]:
     return lambda p, u, v: p.let(code.replace("{u}", u).replace("{v}", v))
 
 
-def _between(low: float, high: float, inside: float = 1.0) -> Callable[..., Value]:
-    return lambda p, u, v: p.let(f"tl.where(({u} > {literal(low)}) & ({u} < {literal(high)}), {literal(inside)}, 0.0)")
-
-
-def _hardtanh(p: Printer, u: str, v: str, low: float = -1.0, high: float = 1.0) -> Value:
-    return _between(low, high)(p, u, v)
-
-
 def _pow(p: Printer, u: str, v: str, exponent: float) -> Value:
     if exponent == 0:
         return 0.0
@@ -126,48 +126,13 @@ def _pow(p: Printer, u: str, v: str, exponent: float) -> Value:
     return p.let(f"{literal(exponent)} * {text_of(lower)}")
 
 
-def _silu(p: Printer, u: str, v: str) -> Value:
-    s = p.let(f"1.0 / (1.0 + tl.exp(-{u}))")
-    return p.let(f"{s} * (1.0 + {u} * (1.0 - {s}))")
-
-
-def _gelu(p: Printer, u: str, v: str) -> Value:
-    density = p.let(f"{literal(1 / math.sqrt(2 * math.pi))} * tl.exp(-0.5 * {u} * {u})")
-    return p.let(f"0.5 * (1.0 + tl.erf({u} * {literal(math.sqrt(0.5))})) + {u} * {density}")
-
-
-def _gelu_tanh(p: Printer, u: str, v: str) -> Value:
-    a, b = 2 * math.sqrt(2 / math.pi), 0.044715 * 2 * math.sqrt(2 / math.pi)
-    s = p.let(f"1.0 / (1.0 + tl.exp(-({u} * ({literal(a)} + {literal(b)} * {u} * {u}))))")
-    return p.let(f"{s} + {u} * {s} * (1.0 - {s}) * ({literal(a)} + {literal(3 * b)} * {u} * {u})")
-
-
-def _mish(p: Printer, u: str, v: str) -> Value:
-    e = p.let(f"tl.exp(tl.minimum({u}, 20.0))")
-    n = p.let(f"{e} * ({e} + 2.0)")
-    t = p.let(f"{n} / ({n} + 2.0)")
-    return p.let(f"{t} + {u} * (1.0 - {t} * {t}) * ({e} / (1.0 + {e}))")
-
-
-def _softplus(p: Printer, u: str, v: str, beta: float = 1.0, threshold: float = 20.0) -> Value:
-    inner = p.let(f"{u} * {literal(beta)}")
-    return p.let(f"tl.where({inner} > {literal(threshold)}, 1.0, 1.0 / (1.0 + tl.exp(-{inner})))")
-
-
-def _elu(p: Printer, u: str, v: str, alpha: float = 1.0, scale: float = 1.0, inner: float = 1.0) -> Value:
-    low = p.let(f"{literal(alpha * scale * inner)} * tl.exp({u} * {literal(inner)})")
-    return p.let(f"tl.where({u} > 0.0, {literal(scale)}, {low})")
-
-
 # primitive -> slope, of the names of its operand and its value and of its parameters
 SLOPES: dict[str, Callable[..., Value]] = {
     "neg": lambda p, u, v: -1.0,
     "abs": _form("tl.where({u} > 0.0, 1.0, tl.where({u} < 0.0, -1.0, {u}))"),
-    "square": _form("2.0 * {u}"),
     "pow": _pow,
     "sqrt": _form("0.5 / {v}"),
     "rsqrt": _form("-0.5 * {v} / {u}"),
-    "reciprocal": _form("-{v} * {v}"),
     "exp": lambda p, u, v: v,
     "expm1": _form("tl.exp({u})"),
     "log": _form("1.0 / {u}"),
@@ -177,18 +142,4 @@ SLOPES: dict[str, Callable[..., Value]] = {
     "tanh": _form("1.0 - {v} * {v}"),
     "sigmoid": _form("{v} / (1.0 + tl.exp({u}))"),
     "erf": _form(f"{literal(2 / math.sqrt(math.pi))} * tl.exp(-{{u}} * {{u}})"),
-    "relu": _form("tl.where({u} > 0.0, 1.0, {v})"),
-    "relu6": _between(0.0, 6.0),
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "mish": _mish,
-    "softplus": _softplus,
-    "softsign": _form("1.0 / ((1.0 + tl.abs({u})) * (1.0 + tl.abs({u})))"),
-    "logsigmoid": _form("1.0 / (1.0 + tl.exp({u}))"),
-    "hardsigmoid": _between(-3.0, 3.0, 1 / 6),
-    "hardswish": _form("tl.where({u} <= -3.0, 0.0, tl.where({u} >= 3.0, 1.0, {u} * 0.3333333333333333 + 0.5))"),
-    "hardtanh": _hardtanh,
-    "leaky_relu": lambda p, u, v, slope=0.01: p.let(f"tl.where({u} > 0.0, 1.0, {literal(slope)})"),
-    "elu": _elu,
 }

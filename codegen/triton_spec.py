@@ -68,7 +68,8 @@ class TritonSpec:
         dtype: of x and y, and of weights in the format ``same``.
         weight_format: how the experts' matrices are stored: ``same`` as dtype; ``fp8``, float8_e4m3fn with a scale per row;
             ``int8`` with a scale per row or group; ``int4``, two a byte (element 2j in the low half, value + 8), likewise.
-        group_size: elements of a row that share a scale, a power of two of at least 32; 0 means the whole row.
+        group_size: elements of a row that share a scale, a power of two of at least 32 (the last group of a row may be
+            shorter); 0 means the whole row.
         precision: of float32 products, ``ieee`` or ``tf32`` (tensor cores, 10 bits of mantissa).
         weighted: whether there are routing weights; without them every weight is 1 and costs nothing.
         up_bias, down_bias: whether experts have biases (N, G*I) and (N, D).
@@ -121,14 +122,14 @@ class TritonSpec:
         self._check_format()
 
     def _check_format(self) -> None:
-        group, whole = self.group_size, self.weight_format == "int4"
+        group = self.group_size
         if group and self.weight_format not in ("int8", "int4"):
             raise ValueError(f"weights in the format '{self.weight_format}' have no groups")
         if group and (group < 32 or group & (group - 1)):
             raise ValueError(f"group_size is {group}; it must be 0 or a power of two of at least 32")
         for size in (self.hidden_size, self.expert_width):
-            if (group and size % group) or (whole and size % 2):
-                raise ValueError(f"rows of {size} elements do not divide into {f'groups of {group}' if group else 'bytes'}")
+            if self.weight_format == "int4" and size % 2:
+                raise ValueError(f"rows of {size} elements do not divide into bytes")
         if self.direction == "backward" and (self.weight_format != "same" or self.shared_width or self.output_bias):
             raise ValueError("there is no backward kernel for quantised weights or shared neurons")
 

@@ -3,7 +3,10 @@
 The space and its first pruning (shared memory, registers of sums) are in :mod:`.triton_constants`. The order is a cost model: a
 config is tried earlier the fewer bytes its programs move and the fewer programs' worth of work its last wave wastes,
 
-    cost = waves * (block_m + block_n) * block_k-steps,    waves = ceil(programs / processors)
+    cost = waves * (block_m + block_n) * block_k * steps,    waves = ceil(programs / processors)
+
+and of equal cost those that differ from the heuristic in fewer constants (depth, stages, warps, swap, tma and persistent move
+the same bytes).
 
 Then each candidate is compiled, and dropped where the lint has a reason (spills, no tensor cores, a WGMMA hazard). What is left
 is measured: cold L2, in a CUDA graph, the median. Every measurement is kept at once, so that a run that was killed goes on.
@@ -14,7 +17,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +82,11 @@ def space(spec: TritonSpec, regime: str, tokens: int, processors: int) -> list[C
         return list(pairs_space(spec))
     first, *rest = tile_space(spec, int(regime))
 
-    def cost(tile: Tiles) -> float:
+    def cost(tile: Tiles) -> tuple[float, int]:
         programs = math.ceil(tokens * spec.top_k / tile.block_m) * math.ceil(spec.rows / tile.block_n)
         steps = math.ceil(spec.hidden_size / tile.block_k)
-        return math.ceil(programs / processors) * (tile.block_m + tile.block_n) * tile.block_k * steps
+        moved = math.ceil(programs / processors) * (tile.block_m + tile.block_n) * tile.block_k * steps
+        return moved, sum(getattr(tile, field.name) != getattr(first, field.name) for field in fields(tile))
 
     return [first, *sorted(rest, key=cost)]
 

@@ -29,7 +29,7 @@ from .passes.pipeline import closing_passes, inference_passes, training_passes
 from .records import GraphRecord, graph_text, new_record, observe
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-WEIGHTS = ("same", "int8", "int8-all")
+WEIGHTS = ("same", "int8", "int8-all", "int4", "fp8")
 Compiled = Callable[..., Any]
 
 
@@ -39,8 +39,10 @@ class CompileOptions:
 
     Attributes:
         mode: as of ``torch.compile``: ``default``, ``reduce-overhead``, ``max-autotune``, ``max-autotune-no-cudagraphs``.
-        weights: how CPU kernels read weights: ``same`` as stored; ``int8``, the experts' (rounded once, scales per neuron);
-            ``int8-all``, those of the linear layers around them too (projections and head; scales per row).
+        weights: how kernels read weights: ``same`` as stored; the experts' rounded once,
+            ``int8`` (a scale for a neuron on CPUs, for 128 elements of a row on GPUs), ``int4`` (GPUs, 64 elements of a
+            row) or ``fp8`` (GPUs of cc 8.9 or later, a row); ``int8-all``, on CPUs those of the linear layers around them too
+            (projections and head; scales per row).
         verify: compare every compiled graph with eager code at its first call.
         fullgraph: raise where something cannot be compiled.
         inductor: False runs the rewritten graph in eager mode, for debugging.

@@ -23,7 +23,7 @@ from . import logs
 from .apply import moe_blocks
 from .backend import Backend, CompileOptions
 from .checking import check_blocks
-from .codegen import packing
+from .codegen import packing, stored, triton_backend
 from .conversion import convert
 from .errors import InputError, MatchError, MoECompileError
 from .lowered import warn_once
@@ -81,13 +81,16 @@ class Compilation:
             raise
 
     def _prepare(self) -> None:
-        """Before the first inference: weights into the kernels' layout."""
+        """Before the first inference: weights into the layout of the kernels of their device."""
         self._prepared = True
         if self._module is None:
             return
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained any more
             for parameter in _down_projections(self._module):
-                packing.relayout_(parameter)
+                if parameter.device.type == "cpu":
+                    packing.relayout_(parameter)
+                elif not parameter.is_contiguous():  # was compiled on the CPU before; GPU kernels read rows
+                    parameter.data = parameter.data.contiguous()
 
     def _compile(self) -> Callable[..., Any]:
         """A function of its own code object, since TorchDynamo counts recompilations by code object."""
@@ -279,8 +282,9 @@ def compile(
             and correct eager code.
         dynamic: as of ``torch.compile``; None keeps shapes symbolic from the start for models that generate (two graphs,
             prefill and decode), and otherwise from the second shape on.
-        weights: how CPU kernels read weights: ``same`` as stored, ``int8`` for the experts', ``int8-all`` for those of the
-            other linear layers (projections, head) too. Rounded to nearest, a scale per row; activations stay as they are.
+        weights: how kernels read weights: ``same`` as stored; ``int8`` the experts', ``int8-all`` on CPUs also those of the
+            other linear layers (projections, head); for a model on a GPU also ``int4``, and ``fp8`` from compute capability 8.9 on.
+            Rounded to nearest; activations and the stored weights stay as they are.
         verify: at first calls check that all experts together are the whole block, then compare each compiled graph with
             eager code, layer by layer. (A rewrite by ``plan`` is compared with the dense model in any case.)
         options: Inductor's own options.
@@ -318,6 +322,7 @@ def compile(
     if isinstance(model, nn.Module):
         while isinstance(model, CompiledModule):  # compiled already: once more, from the module itself
             model = model._moecompile.target
+        _check_weights(model, weights)
         if plan is not None:
             model = rewritten(model, plan, calibration, example_inputs)
         if dynamic is None and isinstance(model, PreTrainedModel) and model.can_generate():
@@ -327,6 +332,22 @@ def compile(
         _refuse_plan(plan, "a function")
         return _compiled_function(model, chosen, dynamic)
     raise InputError(f"moecompile.compile takes a module or a function, not {type(model).__name__}")
+
+
+def _check_weights(model: nn.Module, weights: str) -> None:
+    """The devices that a model lies on have kernels for such weights.
+
+    Raises:
+        InputError: one has not.
+    """
+    for device in {parameter.device for parameter in model.parameters()} if weights in ("int4", "fp8") else ():
+        if device.type == "cpu":
+            raise InputError(
+                f"weights='{weights}' is for GPUs; the model is on the CPU, whose kernels read 'same', 'int8', 'int8-all'"
+            )
+        reason = stored.refusal(weights, triton_backend.device_target(device), 2, 2)
+        if reason:
+            raise InputError(f"weights='{weights}': {reason}")
 
 
 def _refuse_plan(plan: object, what: str) -> None:

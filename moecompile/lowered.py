@@ -4,6 +4,8 @@
     moe_ffn:  y = shared(x) + sum over chosen e of w_e (W2_e act(G_e x) * (U_e x) + b2_e) + bias
 
 Letters: T tokens, N experts, K chosen, D hidden, I expert width, S shared width; G = 2 for a gated FFN, 1 for a plain one.
+``weight_format`` says how the matrices are rounded first: ``same`` not at all, ``int8`` as the CPU kernel reads them (a scale
+for each neuron, shared ones too), or a name of :mod:`.codegen.stored` (routed experts, scales along rows).
 Each operator has one meaning and several ways to compute it: ``backend`` names generated kernels (``cpu``, ``triton``) or plain
 torch operators (``torch``), which are the specification and the fallback.
 """
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activation
-from .codegen import cpu, packing, triton_backend
+from .codegen import cpu, packing, stored, triton_backend
 from .ops import expert_ffn
 
 BACKENDS = ("torch", "cpu", "triton")
@@ -131,6 +133,8 @@ def _reference(
         shared_gate = None if shared_gate is None else packing.rounded(shared_gate)
         shared_up = None if shared_up is None else packing.rounded(shared_up)
         shared_down = None if shared_down is None else packing.rounded(shared_down, columns=True)
+    elif weight_format != "same":
+        up, down = stored.rounded(up, weight_format), stored.rounded(down, weight_format)
     parts: list[Tensor] = []
     if shared_up is not None and shared_down is not None:
         act = Activation(activation)
@@ -174,7 +178,8 @@ def _triton_block(
         scores = torch.nn.functional.linear(x.float(), router_weight.float(), bias)
         ids, weights = triton_backend.route(scores, top_k, score, normalise)
         weights = None if score == "none" else weights
-    return triton_backend.moe_ffn(x, ids, weights, order, offsets, *tensors, activation=activation, gated=gated)
+    options = {"activation": activation, "gated": gated, "weight_format": weight_format}
+    return triton_backend.moe_ffn(x, ids, weights, order, offsets, *tensors, **options)
 
 
 def _moe_ffn(

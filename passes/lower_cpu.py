@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule
 
 from ..codegen import cpu
+from ..lowered import warn_once
 from .base import PassResult, clone
 from .match_experts import moe_nodes, operands_of, set_operands
 from .nodes import site_of, tensor_of
@@ -17,7 +18,7 @@ class LowerCPU:
     """Choose the generated CPU kernel.
 
     Args:
-        weight_format: ``same`` as the weights are stored, or ``int8``.
+        weight_format: ``same`` as the weights are stored, or ``int8``; what GPUs alone have (``int4``, ``fp8``) is left out.
     """
 
     name = "lower_cpu"
@@ -36,7 +37,12 @@ class LowerCPU:
             operands, x = operands_of(node), tensor_of(operands_of(node)["x"])
             if x is None or x.device.type != "cpu":
                 continue
-            set_operands(node, self.name, weight_format=self.weight_format)
+            if self.weight_format in ("same", "int8"):
+                set_operands(node, self.name, weight_format=self.weight_format)
+            else:
+                refused = f"CPU kernels have no {self.weight_format} weights"
+                notes.append(f"{site_of(node)}: node {node.name}: weights stay as they are stored: {refused}")
+                warn_once(f"weights='{self.weight_format}' is left out: {refused}")
             reason = cpu.unsupported(str(operands["activation"]))
             if x.dtype not in _DTYPES:
                 reason = f"there is no CPU kernel for {str(x.dtype).removeprefix('torch.')}"

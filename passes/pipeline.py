@@ -39,10 +39,10 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
     """The passes of a graph that is not differentiated.
 
     Args:
-        weight_format: how CPU kernels read weights: ``same`` as stored, ``int8`` the experts', or ``int8-all``.
+        weight_format: how kernels read weights: ``same`` as stored, ``int8`` the experts', ``int8-all`` on CPUs the other
+            linear layers' too, or on GPUs ``int4`` or ``fp8``.
     """
-    experts = "same" if weight_format == "same" else "int8"
-    others = "int8" if weight_format == "int8-all" else "same"
+    experts, others = ("int8", "int8") if weight_format == "int8-all" else (weight_format, "same")
     return [
         FoldConstants(),
         MatchExperts(),
@@ -52,7 +52,7 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
         MergeShared(),
         FuseBlock(),
         DeadCode(),
-        LowerTriton(),
+        LowerTriton(experts),
         LowerCPU(experts),
         LowerLinear(others),
     ]

@@ -299,6 +299,19 @@ def test_int8_weights_are_rounded_once(dtype: torch.dtype) -> None:
     assert 0 < difference < 0.05
 
 
+def test_weights_that_a_device_has_no_kernel_for() -> None:
+    moe = plain()
+    with pytest.raises(InputError, match="is for GPUs"):
+        moecompile.compile(moe, weights="int4")
+    with pytest.raises(InputError, match="there are: same, int8, int4, fp8"):
+        moecompile.compile(moe, weights="int3")
+    # A function has no device before it is called: its weights are read as they are, with a warning.
+    fast = moecompile.compile(lambda ids: moe(input_ids=ids).logits, weights="int4")
+    with torch.no_grad(), pytest.warns(moecompile.FallbackWarning, match="CPU kernels have no int4 weights"):
+        close(without_inductor(fast)(IDS), logits(moe))
+    assert any("no int4" in note for note in moecompile.last_graphs(fast)[-1].notes)
+
+
 def test_inference_mode_leaves_the_model_trainable() -> None:
     moe = plain()
     with torch.inference_mode():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from compiling import calibrated, tokens
+from moecompile.codegen.triton_spec import Target
 from moecompile.passes import PassError, PassResult, run_passes
 from moecompile.passes.dead_code import DeadCode
 from moecompile.passes.fold_constants import FoldConstants
@@ -266,6 +268,23 @@ def test_lowering_names_what_it_cannot_compute() -> None:
     result = run_passes(graph_module, [*FRONT, LowerTriton(), LowerCPU()])
     assert operands_of(moe_nodes(result.graph_module)[0])["backend"] == "torch"
     assert any("float64" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "form"),
+    [("int4", "cuda:80", "int4/64"), ("int8", "hip:gfx942", "int8/128"), ("fp8", "cuda:90", "fp8/0"), ("fp8", "cuda:80", None)],
+)
+def test_stored_weights_for_a_device(kind: str, target: str, form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecompile.passes.lower_triton._off_cpu", lambda node: True)
+    monkeypatch.setattr("moecompile.codegen.triton_backend.device_target", lambda device: Target.parse(target))
+    lowered._told.clear()
+    graph_module, _ = traced(Layer(), X)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = run_passes(graph_module, [*FRONT, LowerTriton(kind)])
+    assert operands_of(moe_nodes(result.graph_module)[0])["weight_format"] == (form or "same")
+    refused = [note for note in result.notes if "compute capability 8.9" in note]
+    assert len(refused) == len([w for w in told if "compute capability 8.9" in str(w.message)]) == (form is None)
 
 
 def test_order_is_checked_and_passes_can_be_left_out() -> None:

@@ -13,15 +13,18 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from moecompile.codegen.triton_algebra import ALGEBRA
 from moecompile.codegen.triton_backend import Unavailable, build, emit, expert_ffn, unsupported
 from moecompile.codegen.triton_compile import compile_for
 from moecompile.codegen.triton_expressions import RULES, activation_function, literal
-from moecompile.codegen.triton_slopes import BINARY, SLOPES
+from moecompile.codegen.triton_slopes import BINARY, SLOPES, derivative_function
 from moecompile.codegen.triton_spec import TritonSpec
-from triton_interpreted import BACKWARD, CASES, MORE, MORE_BACKWARD, Case, check_backward, error_of, kernel_of, operands, run
+from triton_cases import CASES, MORE, Case, error_of, kernel_of, operands, run
+from triton_interpreted import BACKWARD, MORE_BACKWARD, check_backward, check_operator
 
 from moecompile.activations import PRIMITIVES
 from moecompile.errors import PlanError
@@ -52,7 +55,8 @@ def interpret(*arguments: str) -> None:
     done = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and len(results) > len(CASES), done.stdout + done.stderr
-    tolerances = [1.5e-3 if "float16" in result["case"] else 3e-6 for result in results]
+    names = [result["case"] for result in results]
+    tolerances = [4e-3 if name == "any float16" else 1.5e-3 if "float16" in name else 3e-6 for name in names]
     bad = [result for result, most in zip(results, tolerances, strict=True) if not result.get("error", 1.0) <= most]
     assert not bad, f"{bad}\n{done.stderr[-2000:]}"
 
@@ -75,11 +79,16 @@ def test_the_benchmark_runs_dry(cache: Path) -> None:
     assert all(
         row["error"] < 1e-5 and row["gradient_error"] < 1e-5 and row["same_bits"] for row in record["correctness"]["value"]
     )
+    assert all(error < 1e-5 for row in record["correctness"]["value"] for error in row["peers"].values())
     for stage in ("forward", "backward"):
         rows = record[stage]["value"]
-        assert {row["system"] for row in rows} >= {"ours", "grouped_mm", "batched_mm"} and not any(
-            "failed" in row for row in rows
-        )
+        assert {row["system"] for row in rows} >= {
+            "ours",
+            "grouped_mm",
+            "batched_mm",
+            "hf_grouped_mm",
+            "hf_batched_mm",
+        } and not any("failed" in row for row in rows)
     assert (
         "times mean nothing" in record["device"] and "| tiny | skewed | 6 |" in (cache / "out" / "kernels-dry.md").read_text()
     )
@@ -91,7 +100,8 @@ def test_source_stands_alone() -> None:
     for node in ast.walk(ast.parse(source)):
         imported |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
         imported |= {node.module} if isinstance(node, ast.ImportFrom) else set()
-    assert imported == {"__future__", "collections.abc", "typing", "torch", "triton", "triton.language"}
+    known = {"__future__", "collections.abc", "functools", "typing", "torch", "triton", "triton.language"}
+    assert imported == known | {"triton.tools.tensor_descriptor"}
     assert source == emit(replace(SPEC, direction="backward")) and "act(x) = silu(x)" in source and "hidden_size=2048" in source
     assert not [word for word in (".item(", ".tolist(", "bincount(", "nonzero(", "atomic") if word in source]
 
@@ -117,7 +127,29 @@ def test_source_is_tidy(spec: TritonSpec) -> None:
 
 
 def test_every_primitive_has_a_form_and_a_derivative() -> None:
-    assert set(RULES) == set(PRIMITIVES) == set(SLOPES) | set(BINARY)
+    assert set(RULES) | set(ALGEBRA) == set(PRIMITIVES) and set(RULES) == set(SLOPES) | set(BINARY)
+    assert not set(RULES) & set(ALGEBRA)
+
+
+def test_an_activation_is_one_line_of_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new line serves values and derivatives, alone and within other expressions; torch's autograd agrees with both."""
+
+    def reference(x: torch.Tensor, a: float = 4.0) -> torch.Tensor:
+        return 0.5 * (x + (x * x + a).sqrt())
+
+    def rule(u: tuple[torch.Tensor, torch.Tensor | None], a: tuple[float, None] = (4.0, None)) -> tuple[torch.Tensor, None]:
+        return reference(u[0], a[0]), None
+
+    monkeypatch.setitem(ALGEBRA, "squareplus", "x, a=4: 0.5 * (x + sqrt(x * x + a))")
+    monkeypatch.setitem(PRIMITIVES, "squareplus", rule)
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64, requires_grad=True)
+    for text, wanted in (("squareplus(x)", reference(x)), ("mul(x, squareplus(neg(x), 2))", x * reference(-x, 2.0))):
+        assert f'"""{text}"""' in activation_function(text)
+        names: dict[str, object] = {"tl": SimpleNamespace(sqrt=torch.sqrt, zeros_like=torch.zeros_like)}
+        exec(derivative_function(text, "slope").replace("@triton.jit", ""), names)
+        value, slope = names["slope"](x.detach())  # type: ignore[operator]
+        torch.testing.assert_close(value, wanted.detach())
+        torch.testing.assert_close(slope, torch.autograd.grad(wanted.sum(), x)[0])
 
 
 @pytest.mark.parametrize(("number", "text"), [(1e39, 'float("inf")'), (-1e39, 'float("-inf")'), (1e-39, "0.0"), (0.1, "0.1")])
@@ -158,7 +190,6 @@ def test_refusals_of_emit(activation: str, reason: str) -> None:
         ({"precision": "tf32", "dtype": "bfloat16"}, "float32 products"),
         ({"weight_format": "fp8", "group_size": 32}, "no groups"),
         ({"weight_format": "int8", "group_size": 48}, "power of two"),
-        ({"weight_format": "int4", "group_size": 32}, "do not divide"),
         ({"weight_format": "int4", "expert_width": 17}, "do not divide"),
         ({"weight_format": "int8", "direction": "backward"}, "no backward"),
         ({"shared_bias": True}, "without shared"),
@@ -227,6 +258,12 @@ def test_on_a_device(case: Case, cache: Path) -> None:
 def test_gradients_on_a_device(case: Case, cache: Path) -> None:
     for dtype, tolerance in ((torch.float32, 5e-6), (torch.float16, 3e-3), (torch.bfloat16, 2.5e-2)):
         assert check_backward(case, dtype, "cuda", times=20) <= tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["int8/128", "int4/64", "fp8/0"])
+def test_stored_weights_on_a_device(form: str, cache: Path) -> None:
+    assert max(check_operator(form, tokens, (128, 96), "cuda") for tokens in (1, 9, 200)) <= 3e-6
 
 
 @pytest.mark.gpu
