@@ -283,8 +283,8 @@ def compile(
         dynamic: as of ``torch.compile``; None keeps shapes symbolic from the start for models that generate (two graphs,
             prefill and decode), and otherwise from the second shape on.
         weights: how kernels read weights: ``same`` as stored; ``int8`` the experts', ``int8-all`` on CPUs also those of the
-            other linear layers (projections, head); for a model on a GPU also ``int4``, and ``fp8`` from compute capability 8.9 on.
-            Rounded to nearest; activations and the stored weights stay as they are.
+            other linear layers (projections, head); for a model on a GPU also ``int4``, and ``fp8`` from compute capability 8.9
+            on. Rounded to nearest; activations and the stored weights stay as they are.
         verify: at first calls check that all experts together are the whole block, then compare each compiled graph with
             eager code, layer by layer. (A rewrite by ``plan`` is compared with the dense model in any case.)
         options: Inductor's own options.
