@@ -9,7 +9,7 @@ With a_j the activation under the gate (signed; of a plain FFN's up projection) 
     4. router                the mean of each cluster's gate rows; outputs are not weighted
 
 Every layer has the same share of active neurons: one with more shared slices chooses fewer experts. The paper's contexts are
-the tasks of a calibration set. Here each calibration sequence is one, because a handful of domains has too few dimensions to cluster by.
+the tasks of a calibration set. Here each calibration sequence is one: a handful of domains has too few dimensions for that.
 """
 
 from __future__ import annotations

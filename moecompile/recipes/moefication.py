@@ -71,11 +71,9 @@ def plan_moefication(recipe: MoEfication, context: Context) -> MoEPlan:
         experts = members(labels, torch.arange(site.intermediate_size), recipe.experts)
         x = stream.tokens(number, inputs)
         activity, y = _activity(ffn, x, labels.to(x.device), recipe.experts)
-        if recipe.scores == "mlp":
-            fitted = fit_mlp(x.float(), activity, recipe.top_k, generator)
-        else:
-            fitted = _centres(ffn, experts)
-        planned, named = routed_site(site, none, experts, recipe.top_k, "mlp" if recipe.scores == "mlp" else "linear", fitted)
+        trained = recipe.scores == "mlp"
+        fitted = fit_mlp(x.float(), activity, recipe.top_k, generator) if trained else _centres(ffn, experts)
+        planned, named = routed_site(site, none, experts, recipe.top_k, "mlp" if trained else "linear", fitted)
         sites.append(planned)
         tensors.update({f"{site.name}/{name}": value for name, value in named.items()})
         stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """LLaMA-MoE's split (Zhu et al. 2024, arXiv 2406.16554): neurons are dealt out at random, no data, no shared ones.
 
-The paper found the random split best for training on. Its routers are trained with the model; here they start as the paper's do,
-with small random weights, so that before ``moecompile tune`` the choice of experts means nothing.
+The paper found the random split best for training on. Its routers are trained with the model; here they start with small random
+weights, so that before ``moecompile tune`` the choice of experts means nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The spectral router: |P_e x| |Q_e x| with low-rank stand-ins for an expert's gate and up projections.
 
-With p_i = E[(act(g_i x) / (g_i x))^2] (the squared sigmoid of a SiLU), M = E[x x^T] = C C^T, G_e the expert's gate rows scaled by
-sqrt(p_i) and U_e its up rows: P_e = A^T G_e with A the r leading left singular vectors of G_e C, so that P_e x keeps most of the
-energy of G_e x over the calibration tokens; Q_e likewise from U_e.
+With p_i = E[(act(g_i x) / (g_i x))^2] (the squared sigmoid of a SiLU), M = E[x x^T] = C C^T, G_e the expert's gate rows scaled
+by sqrt(p_i) and U_e its up rows: P_e = A^T G_e with A the r leading left singular vectors of G_e C, so that P_e x keeps most of
+the energy of G_e x over the calibration tokens; Q_e likewise from U_e.
 """
 
 from __future__ import annotations
