@@ -84,10 +84,12 @@ def main() -> None:
         pending = list(jobs_of(options, record["rows"], corpora, Path(folder)))
         options.output.parent.mkdir(parents=True, exist_ok=True)
         if pending:
-            unpack(options.model, Path(folder) / "dense")
+            dense = unpacked(options.model, Path(folder) / "dense")
         with Progress(quiet=options.quiet).bar("rows", len(pending)) as bar:
             for job in pending:
-                record["rows"] += row_process(job)
+                rows = row_process({**job, "model": dense})
+                measured = {key_of(row) for row in rows}
+                record["rows"] = [row for row in record["rows"] if key_of(row) not in measured] + rows
                 write(options.output, record)
                 bar.show(", ".join(job["variants"]))
     write(options.output, record)
@@ -117,7 +119,6 @@ def started(options: argparse.Namespace, record: dict[str, Any] | None, corpora:
         "model": Path(options.model).name,
         "window": options.window,
         "corpora": {name: {"windows": part["windows"]} for name, part in corpora.items()},
-        "examples": options.examples,
         "calibration": [Path(path).name for path in options.domains],
         "calibration_tokens": options.calibration_tokens,
         "calibration_window": options.calibration_window,
@@ -135,7 +136,6 @@ def started(options: argparse.Namespace, record: dict[str, Any] | None, corpora:
 def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     """What is to be run, one conversion each: variants that differ only in what is done afterwards share one."""
     common = {
-        "model": str(folder / "dense"),
         "corpora": corpora,
         "window": options.window,
         "lambada": options.lambada,
@@ -148,7 +148,7 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
         "quiet": options.quiet,
         "recipe": None, "settings": {}, "seed": None, "fraction": None, "folder": None,
     }  # fmt: skip
-    there = {(row["variant"], row["fraction"], row["seed"]) for row in rows}
+    there = {key_of(row) for row in rows if complete(row, options)}
     if ("dense", None, None) not in there:
         yield {**common, "variants": {"dense": "dense"}}
     for seed in options.seeds:
@@ -171,14 +171,31 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
         name, _, path = pair.partition("=")
         if not path:
             raise SystemExit(f"--folders {pair}: write NAME=FOLDER")
-        if not any(row["variant"] == name for row in rows):
+        if (name, None, None) not in there:
             yield {**common, "folder": path, "variants": {name: ""}}
 
 
-def unpack(model: str, folder: Path) -> None:
-    """The dense model in a folder that loads in a second: a GGUF file is unpacked once."""
+def key_of(row: dict[str, Any]) -> tuple[str, float | None, int | None]:
+    """What tells rows apart; a folder's row by its name alone."""
+    return (row["variant"], None, None) if row.get("folder") else (row["variant"], row["fraction"], row["seed"])
+
+
+def complete(row: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Whether a row holds everything that is asked for; one that does not is measured anew."""
+    variant = VARIANTS.get(row["variant"])
+    dial = options.prefix and (row["variant"] == "dense" or (variant is not None and variant.dial))
+    return (not options.examples or row.get("examples") == options.examples) and (
+        not dial or row.get("dial", {}).get("prefix") == options.prefix
+    )
+
+
+def unpacked(model: str, folder: Path) -> str:
+    """The dense model as a folder that loads in a second: a GGUF file is unpacked once."""
+    if Path(model).is_dir():
+        return model
     load_dense(model).save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)
+    return str(folder)
 
 
 def row_process(job: dict[str, Any]) -> list[dict[str, Any]]:

@@ -118,6 +118,7 @@ class Job:
             conversion_seconds=(record.get("seconds") or {}).get("total"),
             conversion_peak_rss_bytes=record.get("peak_rss_bytes"),
             seed=(record.get("calibration") or {}).get("seed"),
+            folder=str(path),
         )
         if self.job["prefix"] and all(site.keep_exact or not site.fitted for site in plan.sites):
             row["dial"] = self._dial(model, model)
@@ -136,17 +137,14 @@ class Job:
         found = {corpus: perplexity(model, rows, progress=self.progress) for corpus, rows in self.windows.items()}
         row: dict[str, Any] = {
             "variant": name,
-            "fraction": self.job["fraction"],
-            "seed": self.job["seed"],
-            "recipe": self.job["recipe"],
-            "settings": self.job["settings"],
+            **{key: self.job[key] for key in ("fraction", "seed", "recipe", "settings")},
             **facts,
             "perplexity": {corpus: measured["perplexity"] for corpus, measured in found.items()},
             "seconds": round(sum(measured["seconds"] for measured in found.values()), 1),
         }
         if self.passages:
             measured = lambada(model, self.tokenizer, self.passages, progress=self.progress)
-            row["lambada"] = measured["accuracy"]
+            row["lambada"], row["examples"] = measured["accuracy"], measured["examples"]
             row["lambada_seconds"] = measured["seconds"]
         if name == "dense" and self.job["prefix"]:
             rows = next(iter(self.windows.values()))

@@ -32,7 +32,8 @@ def markdown(record: dict[str, Any], about: dict[str, str]) -> str:
 def _heading(record: dict[str, Any]) -> str:
     settings, machine = record["settings"], record["machine"]
     parts = "; ".join(f"{name} {part['windows']}" for name, part in settings["corpora"].items())
-    accuracy = f"LAMBADA: the first {settings['examples']} passages. " if settings["examples"] else ""
+    examples = sorted({row["examples"] for row in record["rows"] if "examples" in row})
+    accuracy = f"LAMBADA: the first {' or '.join(map(str, examples))} passages. " if examples else ""
     return (
         f"# Conversion quality: {settings['model']}\n\n"
         f"{record['date']}, {machine['cores']} cores, {machine['threads']} thread(s). Perplexity, windows of "
