@@ -26,7 +26,9 @@ from .clusters import balanced_clusters, input_rows, members, routed_site, sprea
 
 _ROUNDS = 5
 _CHUNK = 8192
-_EPOCHS, _BATCH, _RATE = 10, 512, 3e-3
+# On eight experts of a known linear rule, K 4, the held-out share of right choices: .76 at rate .003 and 10 epochs, .86 at 30;
+# .85 and .90 at rate .01; .03 and 30 epochs gave .90 too.
+_EPOCHS, _BATCH, _RATE = 30, 512, 1e-2
 SCORES = ("mlp", "similarity")
 
 

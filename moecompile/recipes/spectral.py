@@ -32,14 +32,15 @@ def fit_spectral(ffn: DenseFFN, x: Tensor, experts: tuple[tuple[int, ...], ...],
     if ffn.gate is None or ffn.gate_bias is not None or ffn.up_bias is not None:
         raise PlanError(f"site {ffn.site.name}: a spectral router needs a gated FFN without biases; take another router")
     gate, up = ffn.gate.float(), ffn.up.float()
-    share, moment = torch.zeros(len(gate), device=x.device), torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    share = torch.zeros(len(gate), device=x.device)
+    moment = torch.zeros(x.shape[1], x.shape[1], device=x.device, dtype=torch.float64)
     for part in x.float().split(_CHUNK):
         z = part @ gate.t()
         z = torch.where(z.abs() < _SMALL, _SMALL, z)
         share += (ffn.site.act(z) / z).square_().sum(0)
-        moment += part.t() @ part
-    moment.diagonal().add_(1e-6 * moment.diagonal().mean().clamp_min(1e-12))
-    root = torch.linalg.cholesky(moment.double() / len(x))
+        moment += (part.t() @ part).double()
+    values, vectors = torch.linalg.eigh(moment / len(x))  # not a Cholesky root: tokens may span fewer than D directions
+    root = vectors * values.clamp_min(0).sqrt()
     scaled = gate * (share / len(x)).sqrt()[:, None]
     return {
         "gate": torch.stack([_leading(scaled[list(expert)], root, rank) for expert in experts]),
