@@ -135,7 +135,8 @@ def chart(record: dict[str, Any]) -> str:
     )  # fmt: skip
     found = re.search(r"<svg[^>]*>(.*?)</svg>", str(drawn), flags=re.DOTALL)
     assert found is not None
-    return _standalone(found.group(1), everything, f"Perplexity on {corpus}; {record['settings']['model']}")
+    scale = " (logarithmic scale)" if "logarithmic" in str(drawn) else ""
+    return _standalone(found.group(1), everything, f"Perplexity on {corpus}{scale}; {record['settings']['model']}")
 
 
 def _standalone(inner: str, series: list[charts.Series], title: str) -> str:
