@@ -444,3 +444,11 @@ def test_skip_scores_what_a_dense_prefix_scores() -> None:
         perplexity(moe, rows, skip=19)
     with pytest.raises(InputError, match="give one of them"):
         perplexity(moe, rows, skip=3, dense_prefix=3)
+
+
+def test_compiled_routers_choose_as_eager_ones() -> None:
+    """Scores that no kernel knows are computed in front of it."""
+    batches = batches_of(LLAMA)
+    moe = moecompile.convert(LLAMA.build(), CMoE(6, 2, 2), batches).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(moecompile.compile(moe)(**batches[0]).logits, moe(**batches[0]).logits)
