@@ -1,139 +1,230 @@
-"""Perplexity of the recipes side by side: one model, the same calibration tokens, the same windows.
+"""Quality of the recipes, of other papers' and of what cannot be deployed, side by side: one model, the same calibration
+tokens, the same windows.
 
-    python benchmarks/quality.py [--text TEST] [--domains TEXT...] [--seeds 0 1 2] [--output benchmarks/results/quality.json]
+    python benchmarks/quality.py --domains TEXT... --text TEST --lambada LAMBADA.jsonl \\
+        [--only cmoe flap] [--fractions 0.5] [--seeds 0 1 2] [--folders NAME=FOLDER...] [--output FILE.json]
 
-Writes a JSON file with everything and a Markdown table beside it. Without arguments the texts of examples/data are used. Each
-row says what was measured and with which seed; a failed row stops the run.
+Without arguments the texts of examples/data are used. Each conversion runs in a process of its own. Rows are kept one by one in
+the output file (written aside and renamed): the same command again goes on where it was stopped and measures only what is
+missing, and --table alone writes the table anew. A table (.md) and a chart (.svg) stand beside it. A failed row stops the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(Path(__file__).resolve().parent)]
+
+from quality_table import chart, markdown  # noqa: E402
+from quality_variants import FRACTIONS, VARIANTS  # noqa: E402
+
+from moecompile.files import write_bytes  # noqa: E402
+from moecompile.hub import load_dense, load_tokenizer  # noqa: E402
+from moecompile.progress import Progress  # noqa: E402
+from moecompile.text import read_text  # noqa: E402
 
 DATA = ROOT / "examples" / "data"
-RECIPES: dict[str, list[str]] = {
-    "static": ["--recipe", "static", "--active-fraction", "0.5"],
-    "static, idle means": ["--recipe", "static", "--active-fraction", "0.5", "--compensation", "means"],
-    "static, refit": ["--recipe", "static", "--active-fraction", "0.5", "--compensation", "refit"],
-    "flap": ["--recipe", "flap", "--active-fraction", "0.5"],
-    "flap, plain statistics": ["--recipe", "flap", "--active-fraction", "0.5", "--plain-statistics"],
-    "calibrated 25 %": ["--recipe", "calibrated", "--experts", "56", "--shared", "8", "--top-k", "8"],
-    "calibrated 50 %": ["--recipe", "calibrated", "--experts", "48", "--shared", "16", "--top-k", "16"],
-    "calibrated 75 %": ["--recipe", "calibrated", "--experts", "48", "--shared", "16", "--top-k", "32"],
-}
+DOMAINS = tuple(str(DATA / f"{name}.txt") for name in ("books", "code", "docs", "math", "wiki"))
 
 
-def command(*arguments: str) -> dict:  # type: ignore[type-arg]
-    """A command's JSON, from a process of its own."""
-    code = "import sys; from moecompile.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--json", "--quiet"], stdout=subprocess.PIPE, text=True, check=False
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", help="a folder or .gguf file (default: SmolLM2-135M-Instruct, downloaded)")
+    made.add_argument("--text", default=str(DATA / "wikitext2_test_head.txt"), help="evaluation text, never calibrated on")
+    made.add_argument("--window", type=int, default=1024, help="tokens per window (default: 1024)")
+    made.add_argument("--windows", type=int, default=8, help="windows of the text (default: 8)")
+    made.add_argument(
+        "--domains", nargs="+", default=list(DOMAINS), help="calibration texts; the last tenth of each is held out"
     )
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return json.loads(done.stdout)
+    made.add_argument("--held-windows", type=int, default=2, help="windows of each held-out tenth, 0 for none (default: 2)")
+    made.add_argument("--lambada", help="LAMBADA test (.jsonl)")
+    made.add_argument("--examples", type=int, default=500, help="the first so many LAMBADA passages (default: 500)")
+    made.add_argument("--calibration-tokens", type=int, default=16384)
+    made.add_argument("--calibration-window", type=int, default=512)
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--fractions", type=float, nargs="+", choices=FRACTIONS, default=list(FRACTIONS))
+    made.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
+                      help=f"of: {', '.join(VARIANTS)}")  # fmt: skip
+    made.add_argument("--folders", nargs="+", default=[], metavar="NAME=FOLDER", help="converted or tuned folders as more rows")
+    made.add_argument("--prefix", type=int, default=0, help="measure the phase dial with a dense prefix of so many tokens")
+    made.add_argument("--table", action="store_true", help="measure nothing, write table and chart from the rows there are")
+    made.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    made.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
+    return made
 
 
 def main() -> None:
-    """Run every recipe with every seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder or .gguf file (default: SmolLM2-135M-Instruct, downloaded)")
-    parser.add_argument("--text", default=str(DATA / "wikitext2_test_head.txt"))
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument(
-        "--domains", nargs="+", default=[str(DATA / f"{n}.txt") for n in ("books", "code", "docs", "math", "wiki")]
-    )
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", choices=sorted(RECIPES), default=list(RECIPES))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
-    options = parser.parse_args()
-    if options.model is None:
+    """Measure what is missing."""
+    options = parser().parse_args()
+    options.examples = options.examples if options.lambada else 0
+    if options.model is None and not options.table:
         from fetch_model import fetch
 
         options.model = str(fetch())
-    rows = []
+    record = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else None
+    if options.table:
+        if record is None:
+            raise SystemExit(f"there are no rows in {options.output} yet")
+        write(options.output, record)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        measure = ("--text", options.text, "--window", "1024", "--max-windows", str(options.windows), "--no-record")
-        dense = command("eval", options.model, *measure)
-        rows.append({"variant": "dense", **dense})
-        for variant in options.only:
-            for seed in options.seeds:
-                out = str(Path(folder) / "moe")
-                done = command(
-                    "convert", options.model, out, *RECIPES[variant], "--calibration", *options.domains,
-                    "--calibration-tokens", str(options.calibration_tokens), "--seed", str(seed), "--overwrite",
-                )  # fmt: skip
-                measured = command("eval", out, *measure)
-                kept = ("parity_max_abs_error", "routing_relative_error", "calibration")
-                rows.append(
-                    {
-                        "variant": variant,
-                        "seed": seed,
-                        **measured,
-                        "conversion_seconds": done["seconds"],
-                        "conversion_peak_rss_bytes": done["peak_rss_bytes"],
-                        **{name: done[name] for name in kept},
-                    }
-                )
-                print(f"{variant}, seed {seed}: {measured['perplexity']:.2f}", file=sys.stderr, flush=True)
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-        },
+        corpora = texts(options, Path(folder))
+        record = started(options, record, corpora)
+        pending = list(jobs_of(options, record["rows"], corpora, Path(folder)))
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        if pending:
+            dense = unpacked(options.model, Path(folder) / "dense")
+        with Progress(quiet=options.quiet).bar("rows", len(pending)) as bar:
+            for job in pending:
+                rows = row_process({**job, "model": dense})
+                measured = {key_of(row) for row in rows}
+                record["rows"] = [row for row in record["rows"] if key_of(row) not in measured] + rows
+                write(options.output, record)
+                bar.show(", ".join(job["variants"]))
+    write(options.output, record)
+    print(options.output.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def texts(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """The evaluation texts by name; the domains' held-out tenths, and what is left of them, are written into a folder."""
+    corpora = {Path(options.text).stem: {"path": str(Path(options.text).resolve()), "windows": options.windows}}
+    for part in ("calibration", "held"):
+        (folder / part).mkdir()
+    for path in map(Path, options.domains):
+        if (folder / "held" / path.name).exists() or path.stem in corpora:
+            raise SystemExit(f"two texts are called {path.stem}; each needs a name of its own")
+        whole = read_text(path)
+        cut = whole.rfind("\n", 0, len(whole) * 9 // 10) + 1 or len(whole) * 9 // 10
+        (folder / "calibration" / path.name).write_text(whole[:cut], encoding="utf-8")
+        (folder / "held" / path.name).write_text(whole[cut:], encoding="utf-8")
+        if options.held_windows:
+            corpora[path.stem] = {"path": str(folder / "held" / path.name), "windows": options.held_windows}
+    return corpora
+
+
+def started(options: argparse.Namespace, record: dict[str, Any] | None, corpora: dict[str, Any]) -> dict[str, Any]:
+    """The record to add to: the one that is there, if it was measured with the same settings, or a new one."""
+    settings = {
         "model": Path(options.model).name,
-        "corpus": Path(options.text).name,
-        "calibration": [Path(p).name for p in options.domains],
-        "rows": rows,
-        "children_peak_rss_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "window": options.window,
+        "corpora": {name: {"windows": part["windows"]} for name, part in corpora.items()},
+        "calibration": [Path(path).name for path in options.domains],
+        "calibration_tokens": options.calibration_tokens,
+        "calibration_window": options.calibration_window,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = markdown(record)
-    options.output.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    if record is None:
+        machine = {"cores": os.cpu_count(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))}
+        return {"date": time.strftime("%Y-%m-%d"), "machine": machine, "settings": settings, "rows": []}
+    if record.get("settings") != settings:
+        kept = record.get("settings") or {}
+        other = next((name for name in settings if kept.get(name) != settings[name]), "settings")
+        raise SystemExit(f"{options.output} was measured with another '{other}'; give the same, or another --output")
+    return record
 
 
-def markdown(record: dict) -> str:  # type: ignore[type-arg]
-    """The rows as a table; a variant's seeds share a row: perplexities in the order of the seeds, and their geometric mean."""
-    rows = record["rows"]
-    base = rows[0]["perplexity"]
-    first = rows[0]
-    lines = [
-        f"{record['model']}, {record['corpus']}, {first['windows']} windows of {first['window']}; {record['date']}, "
-        f"{record['machine']['cores']} cores. Calibrated on {', '.join(record['calibration'])}.",
-        "",
-        "| variant | active | perplexity | over dense | seeds | conversion, s | peak, GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == variant]
-        values = [row["perplexity"] for row in own]
-        mean = math.exp(sum(math.log(value) for value in values) / len(values))
-        each = " / ".join(f"{value:.2f}" for value in values)
-        seeds = ", ".join(str(row["seed"]) for row in own if "seed" in row) or "-"
-        seconds = max((row.get("conversion_seconds", 0) for row in own), default=0)
-        memory = max((row.get("conversion_peak_rss_bytes", 0) for row in own), default=0) / 2**30
-        cost = (f"{seconds:.0f}", f"{memory:.2f}") if seconds else ("-", "-")
-        active = f"{own[0]['active_fraction']:.0%}"
-        lines.append(f"| {variant} | {active} | {each} | {mean / base:.2f} | {seeds} | {cost[0]} | {cost[1]} |")
-    return "\n".join(lines) + "\n"
+def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+    """What is to be run, one conversion each: variants that differ only in what is done afterwards share one."""
+    common = {
+        "corpora": corpora,
+        "window": options.window,
+        "lambada": options.lambada,
+        "examples": options.examples,
+        "calibration": [str(folder / "calibration" / Path(path).name) for path in options.domains],
+        "calibration_tokens": options.calibration_tokens,
+        "calibration_window": options.calibration_window,
+        "prefix": options.prefix,
+        "dial": [name for name, variant in VARIANTS.items() if variant.dial] if options.prefix else [],
+        "quiet": options.quiet,
+        "recipe": None, "settings": {}, "seed": None, "fraction": None, "folder": None,
+    }  # fmt: skip
+    there = {key_of(row) for row in rows if complete(row, options)}
+    if ("dense", None, None) not in there:
+        yield {**common, "variants": {"dense": "dense"}}
+    for seed in options.seeds:
+        for fraction in sorted(options.fractions, key=lambda value: abs(value - 0.5)):  # half active first
+            groups: dict[str, dict[str, Any]] = {}
+            for name in options.only:
+                if (name, fraction, seed) in there:
+                    continue
+                variant = VARIANTS[name]
+                recipe = variant.recipe(fraction) if variant.recipe else None
+                found = {
+                    "recipe": None if recipe is None else recipe.name,
+                    "settings": {} if recipe is None else recipe.settings(),
+                }
+                key = json.dumps(found)
+                groups.setdefault(key, {**common, **found, "seed": seed, "fraction": fraction, "variants": {}})
+                groups[key]["variants"][name] = variant.wrap
+            yield from groups.values()
+    for pair in options.folders:
+        name, _, path = pair.partition("=")
+        if not path:
+            raise SystemExit(f"--folders {pair}: write NAME=FOLDER")
+        if (name, None, None) not in there:
+            yield {**common, "folder": path, "variants": {name: ""}}
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, float | None, int | None]:
+    """What tells rows apart; a folder's row by its name alone."""
+    return (row["variant"], None, None) if row.get("folder") else (row["variant"], row["fraction"], row["seed"])
+
+
+def complete(row: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Whether a row holds everything that is asked for; one that does not is measured anew."""
+    variant = VARIANTS.get(row["variant"])
+    dial = options.prefix and (row["variant"] == "dense" or (variant is not None and variant.dial))
+    return (not options.examples or row.get("examples") == options.examples) and (
+        not dial or row.get("dial", {}).get("prefix") == options.prefix
+    )
+
+
+def unpacked(model: str, folder: Path) -> str:
+    """The dense model as a folder that loads in a second: a GGUF file is unpacked once."""
+    if Path(model).is_dir():
+        return model
+    load_dense(model).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return str(folder)
+
+
+def row_process(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a job, from a process of its own.
+
+    Raises:
+        SystemExit: it failed; what went wrong is on stderr.
+    """
+    script = str(Path(__file__).resolve().parent / "quality_row.py")
+    done = subprocess.run([sys.executable, script], input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{', '.join(job['variants'])} at {job['fraction']}, seed {job['seed']}: exit code {done.returncode}")
+    rows = json.loads(done.stdout.splitlines()[-1])
+    for row in rows:
+        if row["fraction"] is None and row["variant"] != "dense":
+            row["fraction"] = round(row["active_fraction"] * 4) / 4  # a folder goes into the nearest table
+        row["date"] = time.strftime("%Y-%m-%d")
+    return rows
+
+
+def write(output: Path, record: dict[str, Any]) -> None:
+    """The rows, the table and the chart, each written aside and renamed."""
+    order = list(VARIANTS)
+    place = {name: number for number, name in enumerate(order)}
+    record["rows"].sort(key=lambda row: (row["fraction"] or 0.0, place.get(row["variant"], len(order)), row["seed"] or 0))
+    write_bytes(output, (json.dumps(record, indent=1) + "\n").encode())
+    about = {name: variant.about for name, variant in VARIANTS.items()}
+    write_bytes(output.with_suffix(".md"), markdown(record, about).encode())
+    write_bytes(output.with_suffix(".svg"), chart(record).encode())
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class BlockSpec:
         dropout: probability of the dropout behind the block.
         overlap: whether a neuron may stand in several experts; then one expert or all of them can be chosen.
         spare: how many of the experts, the last ones, no router chooses: they hold the neurons that are in no other.
+        router_rank: R of a ``spectral`` router.
     """
 
     hidden_size: int
@@ -59,6 +60,7 @@ class BlockSpec:
     dropout: float = 0.0
     overlap: bool = False
     spare: int = 0
+    router_rank: int = 0
 
     @property
     def choosable(self) -> int:
@@ -169,7 +171,7 @@ class MoEFFN(nn.Module):
         self.layer = 0
         self._top_k = spec.top_k
         self._prefill_top_k: int | None = None
-        self.router = ROUTERS[spec.router](spec.hidden_size, spec.experts) if spec.router in ROUTERS else None
+        self.router = ROUTERS[spec.router].of(spec) if spec.router in ROUTERS else None
         self.experts = Experts(spec)
         self.shared = SharedExpert(spec) if spec.shared_width else None
         self.bias = nn.Parameter(torch.zeros(spec.hidden_size)) if spec.bias else None

@@ -32,13 +32,16 @@ def active_fraction(model: nn.Module) -> float:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, rows: Tensor, *, dense_prefix: int = 0, progress: Progress | None = None) -> dict[str, Any]:
+def perplexity(
+    model: nn.Module, rows: Tensor, *, dense_prefix: int = 0, skip: int = 0, progress: Progress | None = None
+) -> dict[str, Any]:
     """Perplexity over windows without overlap, every position but the first of each window scored.
 
     Args:
         model: a causal language model whose outputs have ``logits``.
         rows: (W, length) int64 windows.
         dense_prefix: score only what follows the first P tokens of each window, which are processed with all experts on.
+        skip: score only what follows the first P tokens, which are processed as the rest: what ``dense_prefix`` compares with.
         progress: shows how far the work is.
 
     Returns:
@@ -48,8 +51,11 @@ def perplexity(model: nn.Module, rows: Tensor, *, dense_prefix: int = 0, progres
         InputError: the model has no logits, or the prefix leaves nothing to score.
     """
     length = rows.shape[1]
-    if not 0 <= dense_prefix < length - 1:
-        raise InputError(f"--dense-prefix is {dense_prefix}; with windows of {length} it can be 0 to {length - 2}")
+    for option, value in (("--dense-prefix", dense_prefix), ("--skip", skip)):
+        if not 0 <= value < length - 1:
+            raise InputError(f"{option} is {value}; with windows of {length} it can be 0 to {length - 2}")
+    if dense_prefix and skip:
+        raise InputError("--dense-prefix and --skip both leave the first tokens out of the score; give one of them")
     device = next(model.parameters()).device
     total, scored, start = 0.0, 0, time.perf_counter()
     with evaluating(model):
@@ -58,7 +64,7 @@ def perplexity(model: nn.Module, rows: Tensor, *, dense_prefix: int = 0, progres
             logits = (
                 _logits_after_prefix(model, ids, dense_prefix)
                 if dense_prefix
-                else _logits(model, input_ids=ids, use_cache=False)
+                else _logits(model, input_ids=ids, use_cache=False)[:, max(skip - 1, 0) :]
             )
             first = ids.shape[1] - logits.shape[1]
             targets = ids[0, first + 1 :]

@@ -49,6 +49,7 @@ class SitePlan:
         metrics: what was measured while planning (``relative_error``, ``usage``, ...), for reports.
         overlap: a neuron may stand in several experts (never twice in one); then top_k is 0, 1 or all.
         spare: how many experts, the last ones, are never chosen: they hold the neurons that are in no other.
+        router_rank: R of a ``spectral`` router.
     """
 
     site: FFNSite
@@ -61,6 +62,7 @@ class SitePlan:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     overlap: bool = False
     spare: int = 0
+    router_rank: int = 0
 
     def validate(self) -> None:
         """Check that every neuron has exactly one place and that the numbers make sense.
@@ -87,6 +89,8 @@ class SitePlan:
             raise PlanError(f"site {name}: {self.spare} of {len(self.experts)} experts are to be spare")
         if self.router not in ("none", KIND, *ROUTERS):
             raise PlanError(f"site {name}: there is no router '{self.router}'; there are: none, {KIND}, {', '.join(ROUTERS)}")
+        if self.router == "spectral" and not (self.router_rank > 0 and self.site.gated):
+            raise PlanError(f"site {name}: a spectral router needs a rank of at least 1 and a gated FFN")
         if 0 < self.top_k < len(self.experts) and self.top_k > (1 if self.overlap else len(self.experts) - self.spare):
             raise PlanError(f"site {name}: top_k {self.top_k} cannot be had: experts overlap, or are spare")
         if self.router == "none" and 0 < self.top_k < len(self.experts):
@@ -137,6 +141,7 @@ class SitePlan:
             dropout=site.output_dropout,
             overlap=self.overlap,
             spare=self.spare,
+            router_rank=self.router_rank,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,6 +157,7 @@ class SitePlan:
             "metrics": dict(self.metrics),
             **({"overlap": True} if self.overlap else {}),
             **({"spare": self.spare} if self.spare else {}),
+            **({"router_rank": self.router_rank} if self.router_rank else {}),
         }
 
     @classmethod
@@ -173,6 +179,7 @@ class SitePlan:
                 metrics=dict(data.get("metrics", {})),
                 overlap=bool(data.get("overlap", False)),
                 spare=int(data.get("spare", 0)),
+                router_rank=int(data.get("router_rank", 0)),
             )
             Activation(plan.site.activation)  # refuses a text that is none
         except (KeyError, TypeError, ValueError) as error:

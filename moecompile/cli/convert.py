@@ -84,6 +84,15 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--plain-statistics", action="store_const", const=True, help="recipe flap: all tokens alike, as in the paper"
     )
+    sub.add_argument(
+        "--scores",
+        choices=("representative", "spectral", "mlp", "similarity"),
+        help="the router: of cmoe representative (default) or spectral, of moefication mlp (default) or similarity",
+    )
+    sub.add_argument("--rank", type=int, metavar="R", help="recipe cmoe: rank of the spectral router (default: 16)")
+    sub.add_argument(
+        "--markers", type=int, metavar="M", help="recipe cmoe: neurons per token that count as active (default: 10)"
+    )
     add_texts(sub, "--calibration", "UTF-8 text or .jsonl with a 'text' field, for recipes that look at data")
     sub.add_argument(
         "--calibration-tokens",
@@ -130,7 +139,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 _SETTINGS = (
     "experts", "shared", "top_k", "active_fraction", "budget", "compensation", "plain_statistics", "disjoint", "ranking",
-    "own_table",
+    "own_table", "scores", "rank", "markers",
 )  # fmt: skip
 
 

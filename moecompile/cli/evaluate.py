@@ -39,6 +39,7 @@ def add(commands: Any) -> None:
         metavar="P",
         help="process the first P tokens of a window with all experts, score the rest",
     )
+    sub.add_argument("--skip", type=int, default=0, metavar="P", help="score only what follows the first P tokens of a window")
     sub.add_argument("--no-record", action="store_true", help="do not add the figure to the converted folder's record")
     sub.set_defaults(run=run)
 
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         measured = lambada(model, tokenizer, passages, progress=progress)
     else:
         check_positions(model, options.window, "--window")
-        measured = perplexity(model, rows, dense_prefix=options.dense_prefix, progress=progress)
+        measured = perplexity(model, rows, dense_prefix=options.dense_prefix, skip=options.skip, progress=progress)
     result: dict[str, Any] = {
         "name": model.moecompile_plan.recipe if converted else "dense",  # type: ignore[union-attr]
         "task": options.task,
@@ -73,8 +74,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "active_fraction": round(active_fraction(model), 6),
         "top_k": next(iter(moe_blocks(model).values())).top_k if converted else None,
     }
-    if options.dense_prefix:
-        result["dense_prefix"] = options.dense_prefix
+    for name in ("dense_prefix", "skip"):
+        if getattr(options, name):
+            result[name] = getattr(options, name)
     if converted and not options.no_record:
         _record(options, result)
     figure = f"accuracy {result['accuracy']:.4f}" if options.task == "lambada" else f"perplexity {result['perplexity']:.3f}"
@@ -90,7 +92,7 @@ def _record(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Replace the same measurement in the folder's record, or add it; a folder that cannot be written keeps its old one."""
     try:
         record = checkpoint.record_of(options.model)
-        same = ("task", "corpus", "window", "windows", "examples", "top_k", "dense_prefix", "name")
+        same = ("task", "corpus", "window", "windows", "examples", "top_k", "dense_prefix", "skip", "name")
         others = [e for e in record.get("evaluations", ()) if any(e.get(key) != result.get(key) for key in same)]
         record["evaluations"] = [*others, result]
         checkpoint.update_record(options.model, record)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from .base import Context, Recipe, make_plan, planner
 from .calibrated import Calibrated
+from .cmoe import CMoE
 from .contiguous import Contiguous
+from .expertweaver import ExpertWeaver
+from .moefication import MoEfication
 from .pruned import Flap, Static
+from .random_split import RandomSplit
 from .read_me import ReadMe
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -14,6 +18,25 @@ RECIPES: dict[str, type[Recipe]] = {
     "static": Static,
     "flap": Flap,
     "read-me": ReadMe,
+    "cmoe": CMoE,
+    "expertweaver": ExpertWeaver,
+    "moefication": MoEfication,
+    "random-split": RandomSplit,
 }
 
-__all__ = ["RECIPES", "Calibrated", "Context", "Contiguous", "Flap", "ReadMe", "Recipe", "Static", "make_plan", "planner"]
+__all__ = [
+    "RECIPES",
+    "CMoE",
+    "Calibrated",
+    "Context",
+    "Contiguous",
+    "ExpertWeaver",
+    "Flap",
+    "MoEfication",
+    "RandomSplit",
+    "ReadMe",
+    "Recipe",
+    "Static",
+    "make_plan",
+    "planner",
+]

@@ -1,0 +1,107 @@
+"""Baselines that cannot be deployed: they compute everything before they decide what to leave out.
+
+oracle       the K experts of the largest |output|, the converted model otherwise as it is
+teal, wina   neurons with |h_j| (TEAL, arXiv 2408.14690) or |h_j| |w_j| (WINA, arXiv 2505.19427) above a threshold: the
+             quantile of the layer's calibration tokens that leaves the wanted share; a token may keep more or fewer.
+             Whole neurons are left out, from the down projection's input; the papers also thin the inputs of the others
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moecompile
+from moecompile.apply import install, moe_blocks
+from moecompile.block import Experts
+from moecompile.conversion import find_ffns
+from moecompile.parity import evaluating
+from moecompile.recipes import Contiguous
+from moecompile.routers import Router
+from moecompile.sites import DenseFFN
+from moecompile.stream import Stream
+
+_CHUNK = 512  # tokens at a time: every expert's output is held
+_SAMPLE = 4096  # tokens of a layer that its threshold is taken from
+
+
+class OracleRouter(Router):
+    """scores_e = |W_e h_e + c_e|, how much the output changes when expert e is on; from (T, D) tokens to (T, N)."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, N)."""
+        return torch.cat([self._scores(part) for part in x.split(_CHUNK)])
+
+    def _scores(self, x: Tensor) -> Tensor:
+        experts = self.experts
+        rows = torch.einsum("td,njd->tnj", x, experts.up)  # [T, N, GI]
+        if experts.up_bias_or_none is not None:
+            rows = rows + experts.up_bias_or_none
+        if experts.gated:
+            gate, up = rows.chunk(2, dim=-1)
+            hidden = experts.act(gate) * up
+        else:
+            hidden = experts.act(rows)
+        out = torch.einsum("tni,ndi->tnd", hidden, experts.down_proj)
+        if experts.down_bias is not None:
+            out = out + experts.down_bias
+        return out.norm(dim=-1)
+
+
+def with_oracle(moe: nn.Module) -> nn.Module:
+    """The converted model with an oracle in place of each router, in place; blocks that choose nothing stay."""
+    for block in moe_blocks(moe).values():
+        if block.router is not None:
+            block.router = OracleRouter(block.experts)
+    return moe
+
+
+class ThresholdFFN(nn.Module):
+    """A dense FFN without the neurons whose strength is below a threshold; counts how many stayed."""
+
+    def __init__(self, dense: DenseFFN, threshold: float, weighted: bool) -> None:
+        super().__init__()
+        self.dense, self.threshold = dense, threshold
+        self.scale = dense.down.norm(dim=0) if weighted else torch.ones(dense.down.shape[1])
+        self.kept, self.seen = 0, 0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        hidden = self.dense.hidden(hidden_states)
+        stays = hidden.abs() * self.scale >= self.threshold
+        self.kept += int(stays.sum())
+        self.seen += stays.numel()
+        return self.dense.output(hidden * stays)
+
+
+@torch.no_grad()
+def with_thresholds(dense: nn.Module, batches: Sequence[Any], fraction: float, weighted: bool) -> nn.Module:
+    """The dense model with a :class:`ThresholdFFN` for each FFN, in place; thresholds from its own calibration tokens."""
+    captured, matched = find_ffns(dense)
+    stream = Stream(captured, matched.matches, batches)
+    blocks = []
+    with evaluating(dense):
+        for number, (match, inputs) in enumerate(stream):
+            ffn = DenseFFN.read(match.site, dense)
+            hidden = ffn.hidden(stream.tokens(number, inputs))
+            strength = hidden[:: max(1, len(hidden) // _SAMPLE)].abs()
+            strength = (strength * ffn.down.norm(dim=0) if weighted else strength).flatten()
+            keep = max(1, round(fraction * len(strength)))
+            threshold = float(strength.kthvalue(len(strength) - keep + 1).values)
+            blocks.append(ThresholdFFN(ffn, threshold, weighted))
+            stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), ffn.output(hidden))  # type: ignore[misc]
+        plan = moecompile.plan(dense, Contiguous(1))  # where the FFNs are
+    return install(dense, plan, blocks)  # type: ignore[arg-type]
+
+
+def kept_fraction(model: nn.Module) -> float:
+    """The share of neurons that the model's thresholds have let through so far."""
+    blocks = [module for module in model.modules() if isinstance(module, ThresholdFFN)]
+    return sum(block.kept for block in blocks) / max(1, sum(block.seen for block in blocks))

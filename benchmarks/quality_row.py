@@ -1,0 +1,159 @@
+"""One conversion and its measurements, run by benchmarks/quality.py in a process of its own (so the peak memory is its own).
+
+Reads a job (JSON) on stdin, writes the rows (a JSON list) on stdout; progress on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality_baselines import kept_fraction, with_oracle, with_thresholds
+from torch import nn
+
+import moecompile
+from moecompile import checkpoint
+from moecompile.apply import moe_blocks
+from moecompile.cli.common import peak_rss_bytes
+from moecompile.conversion import convert_with_record
+from moecompile.costs import dense_costs, moe_costs
+from moecompile.evaluate import active_fraction, lambada, perplexity
+from moecompile.hub import load_dense, load_tokenizer
+from moecompile.progress import Progress
+from moecompile.recipes import RECIPES
+from moecompile.text import calibration_windows, evaluation_windows, read_passages
+
+_BATCH, _HELD_OUT = 4, 2  # as `moecompile convert`
+
+
+def main() -> None:
+    """Run the job."""
+    job = json.load(sys.stdin)
+    rows = Job(job).rows()
+    print(json.dumps(rows))
+
+
+class Job:
+    """A job: see :func:`quality.jobs_of` for its fields."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        self.progress = Progress(quiet=job["quiet"])
+        torch.manual_seed(job["seed"] or 0)
+        self.tokenizer = load_tokenizer(job["model"])
+        self.windows = {
+            name: evaluation_windows(self.tokenizer, [part["path"]], job["window"], part["windows"])
+            for name, part in job["corpora"].items()
+        }
+        self.passages = read_passages(job["lambada"])[: job["examples"]] if job["examples"] else []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each variant that is to be measured on this conversion."""
+        if self.job["folder"]:
+            return [self._folder()]
+        dense = load_dense(self.job["model"])
+        if self.job["recipe"] is None:
+            return [self._unconverted(dense, name, wrap) for name, wrap in self.job["variants"].items()]
+        return self._converted(dense)
+
+    def _calibration(self) -> tuple[dict[str, list[dict[str, torch.Tensor]]], list[dict[str, torch.Tensor]]]:
+        """Calibration inputs by text, an equal share of the tokens from each; and two windows more that are held out."""
+        job, found, held = self.job, {}, []
+        length = job["calibration_window"]
+        share = max(1, round(job["calibration_tokens"] / length / len(job["calibration"])))
+        for number, path in enumerate(job["calibration"]):
+            extra = 1 if number < _HELD_OUT else 0
+            rows = calibration_windows(self.tokenizer, [path], (share + extra) * length, length, job["seed"])
+            kept = len(rows) - extra
+            found[Path(path).stem] = [{"input_ids": part} for part in rows[:kept].split(_BATCH)]
+            held += [rows[kept:]] if extra else []
+        return found, [{"input_ids": torch.cat(held)}]
+
+    def _unconverted(self, dense: nn.Module, name: str, wrap: str) -> dict[str, Any]:
+        if wrap == "dense":
+            return self._row(name, dense, active_fraction=1.0, compute_fraction=1.0)
+        inputs = [batch for part in self._calibration()[0].values() for batch in part]
+        model = with_thresholds(load_dense(self.job["model"]), inputs, self.job["fraction"], wrap == "wina")
+        row = self._row(name, model, compute_fraction=None)
+        return {**row, "active_fraction": round(kept_fraction(model), 6)}
+
+    def _converted(self, dense: nn.Module) -> list[dict[str, Any]]:
+        job = self.job
+        calibration, held = self._calibration()
+        recipe = RECIPES[job["recipe"]](**job["settings"])
+        done = convert_with_record(dense, recipe, calibration, held_out=held, seed=job["seed"], progress=self.progress)
+        costs = {
+            "active_fraction": round(active_fraction(done.module), 6),
+            "conversion_seconds": done.seconds["total"],
+            "conversion_peak_rss_bytes": peak_rss_bytes(),
+            "parity_max_abs_error": done.parity_max_abs_error,
+        }
+        compute = round(done.costs["flops_per_token"] / done.costs["flops_per_token_dense"], 6)
+        rows = []
+        for name, wrap in sorted(job["variants"].items(), key=lambda item: item[1]):  # the plain one first
+            if wrap == "oracle":
+                rows.append(self._row(name, with_oracle(done.module), **costs, compute_fraction=None))
+                continue
+            row = self._row(name, done.module, **costs, compute_fraction=compute)
+            if name in job["dial"]:
+                row["dial"] = self._dial(done.module, moecompile.convert(dense, done.plan.with_exact(True)))
+            rows.append(row)
+        return rows
+
+    def _folder(self) -> dict[str, Any]:
+        """A row for a converted, perhaps tuned, folder."""
+        path, name = self.job["folder"], next(iter(self.job["variants"]))
+        model, record = checkpoint.load(path), checkpoint.record_of(path)
+        plan = model.moecompile_plan
+        dense = dense_costs(model, [site.site for site in plan.sites])
+        costs = moe_costs(model, list(moe_blocks(model).values()), dense)
+        row = self._row(
+            name,
+            model,
+            active_fraction=round(active_fraction(model), 6),
+            compute_fraction=round(costs["flops_per_token"] / costs["flops_per_token_dense"], 6),
+            conversion_seconds=(record.get("seconds") or {}).get("total"),
+            conversion_peak_rss_bytes=record.get("peak_rss_bytes"),
+            seed=(record.get("calibration") or {}).get("seed"),
+            folder=str(path),
+        )
+        if self.job["prefix"] and all(site.keep_exact or not site.fitted for site in plan.sites):
+            row["dial"] = self._dial(model, model)
+        return row
+
+    def _dial(self, sparse: nn.Module, exact: nn.Module) -> dict[str, Any]:
+        """Perplexity of what follows a prefix on the first corpus: sparse throughout, and with the prefix dense."""
+        prefix, rows = self.job["prefix"], next(iter(self.windows.values()))
+        return {
+            "prefix": prefix,
+            "sparse": perplexity(sparse, rows, skip=prefix, progress=self.progress)["perplexity"],
+            "dense_prefix": perplexity(exact, rows, dense_prefix=prefix, progress=self.progress)["perplexity"],
+        }
+
+    def _row(self, name: str, model: nn.Module, **facts: Any) -> dict[str, Any]:
+        found = {corpus: perplexity(model, rows, progress=self.progress) for corpus, rows in self.windows.items()}
+        row: dict[str, Any] = {
+            "variant": name,
+            **{key: self.job[key] for key in ("fraction", "seed", "recipe", "settings")},
+            **facts,
+            "perplexity": {corpus: measured["perplexity"] for corpus, measured in found.items()},
+            "seconds": round(sum(measured["seconds"] for measured in found.values()), 1),
+        }
+        if self.passages:
+            measured = lambada(model, self.tokenizer, self.passages, progress=self.progress)
+            row["lambada"], row["examples"] = measured["accuracy"], measured["examples"]
+            row["lambada_seconds"] = measured["seconds"]
+        if name == "dense" and self.job["prefix"]:
+            rows = next(iter(self.windows.values()))
+            row["dial"] = {
+                "prefix": self.job["prefix"],
+                "dense": perplexity(model, rows, skip=self.job["prefix"], progress=self.progress)["perplexity"],
+            }
+        return row
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What benchmarks/quality.py compares: recipes by active fraction, and what is measured on each converted model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moecompile.recipes import Calibrated, CMoE, ExpertWeaver, Flap, MoEfication, RandomSplit, Recipe, Static
+
+FRACTIONS = (0.25, 0.5, 0.75)
+# Slices (shared, chosen, routed) of 64 for the recipes with fine experts; our own choice at 25 % is docs/quality.md's.
+_FINE = {0.25: (8, 8, 56), 0.5: (16, 16, 48), 0.75: (16, 32, 48)}
+_EIGHT = {0.25: (1, 1, 7), 0.5: (2, 2, 6), 0.75: (3, 3, 5)}  # CMoE's own: eight slices
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    Attributes:
+        about: what it is, for the notes under the table.
+        recipe: the recipe for an active fraction; None where the dense model itself is measured.
+        wrap: ``""``, or what :mod:`quality_baselines` does to the model: ``oracle``, ``teal``, ``wina``.
+        deployable: whether the decision can be had without computing what it decides about.
+        dial: whether the phase dial is measured too.
+    """
+
+    about: str
+    recipe: Callable[[float], Recipe] | None
+    wrap: str = ""
+    deployable: bool = True
+    dial: bool = False
+
+
+def _calibrated(fraction: float) -> Calibrated:
+    shared, top_k, experts = _FINE[fraction]  # its own default: slices half as wide
+    return Calibrated(experts=2 * experts, shared=2 * shared, top_k=2 * top_k)
+
+
+def _cmoe(fraction: float) -> CMoE:
+    shared, top_k, experts = _EIGHT[fraction]
+    return CMoE(experts, shared, top_k)
+
+
+def _spectral(fraction: float) -> CMoE:
+    shared, top_k, experts = _EIGHT[fraction]
+    return CMoE(experts, shared, top_k, scores="spectral")
+
+
+def _cmoe_fine(fraction: float) -> CMoE:
+    shared, top_k, experts = _FINE[fraction]
+    return CMoE(experts, shared, top_k)
+
+
+def _expertweaver(fraction: float) -> ExpertWeaver:
+    shared, top_k, experts = _FINE[fraction]
+    return ExpertWeaver(experts, shared, top_k)
+
+
+def _moefication(scores: str) -> Callable[[float], Recipe]:
+    return lambda fraction: MoEfication(48, 0, round(48 * fraction), scores)
+
+
+VARIANTS: dict[str, Variant] = {
+    "static": Variant("static mask by output energy, no routing", Static),
+    "static, refit": Variant(
+        "static mask, idle means, least-squares refit of the down projection", lambda f: Static(f, "refit")
+    ),
+    "flap": Variant("FLAP for FFNs, weighted statistics, mean-bias compensation, no routing", Flap),
+    "random split": Variant("LLaMA-MoE: 16 random experts, untrained router", lambda f: RandomSplit(16, 0, round(16 * f))),
+    "moefication": Variant("MoEfication: 48 experts of like gate rows, trained MLP router", _moefication("mlp")),
+    "moefication, similarity": Variant("the same experts, routed by cosine", _moefication("similarity")),
+    "expertweaver": Variant("ExpertWeaver: 64 slices, shared ones by layer, mean gate rows as router", _expertweaver),
+    "cmoe": Variant("CMoE: 8 slices, markers, representative neurons", _cmoe),
+    "cmoe, spectral": Variant("CMoE's experts with a spectral router of rank 16", _spectral),
+    "cmoe, 64 slices": Variant("CMoE with experts as fine as those of calibrated", _cmoe_fine),
+    "cmoe, oracle": Variant("CMoE's experts, chosen by what they would put out", _cmoe, "oracle", deployable=False),
+    "cmoe, 64 slices, oracle": Variant(
+        "its fine experts, chosen by what they would put out", _cmoe_fine, "oracle", deployable=False
+    ),
+    "teal": Variant("neurons above a threshold of |h|, calibrated per layer", None, "teal", deployable=False),
+    "wina": Variant("neurons above a threshold of |h| |w|, calibrated per layer", None, "wina", deployable=False),
+    "calibrated": Variant("this project's recipe", _calibrated, dial=True),
+    "calibrated, oracle": Variant("its experts, chosen by what they would put out", _calibrated, "oracle", deployable=False),
+}
