@@ -73,7 +73,7 @@ VARIANTS: dict[str, Variant] = {
     "expertweaver": Variant("ExpertWeaver: 64 slices, shared ones by layer, mean gate rows as router", _expertweaver),
     "cmoe": Variant("CMoE: 8 slices, markers, representative neurons", _cmoe),
     "cmoe, spectral": Variant("CMoE's experts with a spectral router of rank 16", _spectral),
-    "cmoe, 64 slices": Variant("CMoE with experts as fine as those of calibrated", _cmoe_fine),
+    "cmoe, 64 slices": Variant("CMoE with 64 slices", _cmoe_fine),
     "cmoe, oracle": Variant("CMoE's experts, chosen by what they would put out", _cmoe, "oracle", deployable=False),
     "cmoe, 64 slices, oracle": Variant(
         "its fine experts, chosen by what they would put out", _cmoe_fine, "oracle", deployable=False

@@ -73,7 +73,7 @@ def main() -> None:
     recipes = {
         "static": ["--active-fraction", "0.5"],
         "flap": ["--active-fraction", "0.5"],
-        "calibrated": ["--experts", "48", "--shared", "16", "--top-k", "16"],
+        "calibrated": ["--experts", "96", "--shared", "32", "--top-k", "32"],
     }
     models = {"dense": dense}
     for recipe, settings in recipes.items():

@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
         commands,
         "convert",
         "Convert a dense model into an MoE, check that it is exact with all experts on, and save it.",
-        "moecompile convert ./model ./moe --recipe calibrated --experts 48 --shared 16 --top-k 16 --calibration a.txt b.txt",
+        "moecompile convert ./model ./moe --recipe calibrated --experts 96 --shared 32 --top-k 32 --calibration a.txt b.txt",
     )
     sub.add_argument("model", metavar="MODEL", help="a Hugging Face folder or id, or a .gguf file")
     sub.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it is there whole or not at all")
