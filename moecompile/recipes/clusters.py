@@ -10,9 +10,12 @@ from ..plans import ROUTER, SitePlan
 from ..sites import DenseFFN, FFNSite
 
 
-def spread_starts(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, M) starting centres among points (n, M), each likelier the farther from those before it (k-means++)."""
-    index = int(torch.randint(len(points), (1,), generator=generator))
+def spread_starts(points: Tensor, count: int, generator: torch.Generator, first: int | None = None) -> Tensor:
+    """(count, M) starting centres among points (n, M), each likelier the farther from those before it (k-means++).
+
+    The first is a random one unless its number is given.
+    """
+    index = int(torch.randint(len(points), (1,), generator=generator)) if first is None else first
     chosen, distance = [], torch.full((len(points),), torch.inf)
     for _ in range(count):
         chosen.append(index)

@@ -6,8 +6,9 @@ Letters: T tokens, F dense width, D hidden, N experts. All statistics are weight
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from .clusters import balanced_clusters, spread_starts
 
 # A token whose output is this many times the median one counts as an outlier (attention sinks reach 900 times).
 _OUTLIER = 10.0
@@ -125,26 +126,9 @@ def _profiles(x: Tensor, hidden: Tensor, down: Tensor, weights: Tensor, ridge: f
 
 def _balanced_kmeans(profiles: Tensor, size: Tensor, generator: torch.Generator) -> Tensor:
     """(neurons,) labels; cluster e gets exactly size[e] members."""
-    count = len(size)
-    slot = torch.arange(count).repeat_interleave(size)
-    start = int(profiles.square().sum(1).argmax())
-    chosen, distance = [], torch.full((len(profiles),), float("inf"))
-    for _ in range(count):  # k-means++ from the strongest neuron
-        chosen.append(start)
-        distance = torch.minimum(distance, (profiles - profiles[start]).square().sum(1))
-        start = int(torch.multinomial(distance.clamp_min(1e-12), 1, generator=generator))
-    centres = profiles[chosen]
-    labels = torch.full((len(profiles),), -1)
-    for _ in range(_ROUNDS):
-        cost = centres.square().sum(1)[None] - 2 * profiles @ centres.t()
-        rows, columns = linear_sum_assignment(cost[:, slot].numpy())
-        new = torch.empty_like(labels)
-        new[torch.from_numpy(rows)] = slot[torch.from_numpy(columns)]
-        if bool((new == labels).all()):
-            break
-        labels = new
-        centres = torch.zeros(count, profiles.shape[1]).index_add_(0, labels, profiles) / size[:, None]
-    return labels
+    strongest = int(profiles.square().sum(1).argmax())
+    starts = spread_starts(profiles, len(size), generator, strongest)
+    return balanced_clusters(profiles, starts, size.tolist(), _ROUNDS)[0]
 
 
 def _swap(profiles: Tensor, labels: Tensor, count: int) -> int:
