@@ -34,11 +34,12 @@ def model_card(record: Mapping[str, Any], plan: MoEPlan) -> str:
     source = str(record.get("source", "a dense model"))
     text = _HEAD.format(title=f"{source} as an MoE ({plan.recipe})", fraction=f"{plan.active_fraction:.0%}")
     first = plan.sites[0]
+    per_layer = "" if len({site.top_k for site in plan.sites}) == 1 else " on average over the layers"
     rows = [
         ("source", source),
         ("recipe", plan.recipe),
         ("FFNs split", str(len(plan.sites))),
-        ("experts per FFN (first)", f"{len(first.experts)} of {first.expert_width} neurons, {first.top_k} chosen"),
+        ("experts per FFN (first)", f"{len(first.experts)} of {first.expert_width} neurons, {plan.top_k} chosen{per_layer}"),
         ("shared neurons (first)", str(len(first.shared))),
         ("router", plan.router),
     ]

@@ -212,7 +212,7 @@ def _config_of(model: nn.Module, plan: MoEPlan) -> dict[str, Any]:
         "architectures": [type(model).__name__],
         "moecompile_version": __version__,
         "num_experts": spec.experts,
-        "num_experts_per_tok": spec.top_k,
+        "num_experts_per_tok": plan.top_k,
         "moe_intermediate_size": spec.expert_width,
     }
     if isinstance(model, PreTrainedModel):

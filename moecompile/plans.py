@@ -212,6 +212,11 @@ class MoEPlan:
         return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     @property
+    def top_k(self) -> int:
+        """Experts chosen per token: the layers' mean, rounded, where a recipe gave each layer its own number."""
+        return round(sum(s.top_k for s in self.sites) / len(self.sites)) if self.sites else 0
+
+    @property
     def active_fraction(self) -> float:
         """FFN neurons computed per token over all FFN neurons, weighted by their size (D)."""
         total = sum(s.site.intermediate_size * s.site.hidden_size for s in self.sites)

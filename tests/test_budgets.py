@@ -101,7 +101,7 @@ def test_a_model_gets_budgets_of_its_own() -> None:
     even = moecompile.plan(dense, Calibrated(40, 8, 12, budget="even"), batches, seed=1)
     assert {site.top_k for site in even.sites} == {12}
     assert sum(site.top_k for site in plan.sites) <= 12 * len(plan.sites)
-    assert all(site.metrics["output_divergence"] > 0 for site in plan.sites)
+    assert all(site.metrics["output_divergence"] > 0 for site in plan.sites) and plan.top_k == 12
     moe = moecompile.convert(dense, plan)
     assert [block.top_k for block in moecompile.apply.moe_blocks(moe).values()] == [site.top_k for site in plan.sites]
     with pytest.raises(PlanError, match="no budget 'magic'"):

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..apply import moe_blocks, set_top_k
 from ..errors import CheckpointError, InputError
 from ..evaluate import active_fraction, lambada, perplexity
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "corpus": "+".join(Path(path).name for path in options.text),
         **measured,
         "active_fraction": round(active_fraction(model), 6),
-        "top_k": next(iter(moe_blocks(model).values())).top_k if converted else None,
+        "top_k": _common_top_k(model),
     }
     for name in ("dense_prefix", "skip"):
         if getattr(options, name):
@@ -98,3 +100,9 @@ def _record(options: argparse.Namespace, result: dict[str, Any]) -> None:
         checkpoint.update_record(options.model, record)
     except CheckpointError as error:
         progress_of(options).say(f"the figure was not recorded: {error}")
+
+
+def _common_top_k(model: nn.Module) -> int | None:
+    """The number of experts chosen per token; None where layers differ (and for a dense model)."""
+    dials = {block.top_k for block in moe_blocks(model).values()}
+    return dials.pop() if len(dials) == 1 else None
