@@ -303,7 +303,7 @@ def test_weights_that_a_device_has_no_kernel_for() -> None:
     moe = plain()
     with pytest.raises(InputError, match="is for GPUs"):
         moecompile.compile(moe, weights="int4")
-    with pytest.raises(InputError, match="there are: same, int8, int4, fp8"):
+    with pytest.raises(InputError, match="there are: same, int8, int8-all, int4, fp8"):
         moecompile.compile(moe, weights="int3")
     # A function has no device before it is called: its weights are read as they are, with a warning.
     fast = moecompile.compile(lambda ids: moe(input_ids=ids).logits, weights="int4")
