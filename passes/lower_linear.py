@@ -102,8 +102,7 @@ class LowerLinear:
         tokens = 1
         for size in given.shape[:-1]:
             tokens *= size if isinstance(size, int) else 1  # a symbolic size may be small: the operator looks
-        most = linear.MOST_INT8_TOKENS if self.weight_format == "int8" else linear.MOST_TOKENS
-        if tokens > most and self.weight_format == "same":
+        if self.weight_format == "same" and tokens > linear.MOST_TOKENS:
             return f"{tokens} tokens are a matrix product"
         return Layer(node, x, weight, bias if isinstance(bias, Node) else None)
 

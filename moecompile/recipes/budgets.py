@@ -103,7 +103,7 @@ class Divergence:
 
         def pick(tensors: Sequence[Tensor]) -> list[Tensor]:
             rows = [tensors[i].reshape(-1, tensors[i].shape[-1]) for i in chosen]
-            return [r[::_EVERY] if len(r) >= _EVERY * _ROWS // 4 else r for r in rows]
+            return [r[::_EVERY] if len(r) >= _ROWS else r for r in rows]
 
         return pick
 
