@@ -22,14 +22,14 @@ from ..plans import BIAS, DOWN, MEANS, MoEPlan, SitePlan
 from ..pregate import PreGateSpec, PreGatingRouter
 from ..sites import DenseFFN
 from ..stream import Stream
-from .base import Context, Recipe, check_counts, check_fraction, planner, slice_sizes
+from .base import Context, Recipe, check_counts, check_fraction, planner
 from .calibrated import clipped, masked_outputs
 from .domains import RANKINGS, domain_experts, domain_strengths, membership
-from .neurons import choose_shared, group_neurons, sample_tokens, token_weights
+from .neurons import token_weights
 from .refit import Mask, idle_means, refit_down
+from .survey import split_neurons
 
 _DISJOINT = (48, 16, 16)
-_GROUPING_TOKENS = 8192
 _CHUNK = 8192
 _DRIFT = 0.6  # as of `calibrated`
 
@@ -157,15 +157,9 @@ def _disjoint_sites(recipe: ReadMe, context: Context) -> list[SitePlan]:
         x = stream.tokens(number, inputs)
         hidden = ffn.hidden(x)
         y = ffn.output(hidden)
-        sizes = slice_sizes(match.site.intermediate_size, experts + shared, match.site.name)
-        norms = y.float().norm(dim=1)
-        weights, some = token_weights(norms), sample_tokens(norms, _GROUPING_TOKENS, generator)
-        h, down, count = hidden[some].float(), ffn.down.float(), sum(sizes[:shared])
-        always = choose_shared(h, down, count, weights[some]) if count else torch.zeros(0, dtype=torch.long)
-        groups = group_neurons(x[some].float(), h, down, always, sizes[shared:], weights[some], generator)
-        sites.append(
-            SitePlan(match.site, tuple(always.tolist()), tuple(tuple(g) for g in groups), top_k, router="pregate")
-        )  # fmt: skip
+        split = split_neurons(ffn, x, hidden, y, experts, shared, top_k, generator)
+        groups = tuple(tuple(group) for group in split.experts)
+        sites.append(SitePlan(match.site, tuple(split.shared.tolist()), groups, top_k, router="pregate"))
         stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
     return sites
 

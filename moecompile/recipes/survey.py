@@ -63,7 +63,7 @@ def survey(context: Context, experts: int, shared: int, top_k: int, budget: str,
         x = stream.tokens(number, inputs)
         hidden = ffn.hidden(x)
         y, hidden, x = ffn.output(hidden), hidden.float(), x.float()
-        split = _split(ffn, x, hidden, y.float(), experts, shared, top_k, generator)
+        split = split_neurons(ffn, x, hidden, y, experts, shared, top_k, generator)
         splits.append(split)
         if len(dial) > 1:
             if divergence is None:
@@ -92,18 +92,28 @@ def _first(batches: Any) -> list[Any]:
     return chosen
 
 
-def _split(
+def split_neurons(
     ffn: DenseFFN, x: Tensor, hidden: Tensor, y: Tensor, experts: int, shared: int, top_k: int, generator: torch.Generator
 ) -> Split:
-    """Shared neurons and clusters of one FFN."""
+    """Shared neurons and clusters of one FFN, from some of its tokens.
+
+    Args:
+        ffn: the dense FFN.
+        x: (T, D) its inputs; ``hidden`` (T, F) and ``y`` (T, D) belong to them.
+        experts: N.
+        shared: S, slices that are always on.
+        top_k: K, for the record that is returned.
+        generator: for the sample and the clusters' starting points.
+    """
     site, down = ffn.site, ffn.down.float()
     sizes = slice_sizes(site.intermediate_size, experts + shared, site.name)
-    norms = y.norm(dim=1)
+    norms = y.float().norm(dim=1)
     weights = token_weights(norms)
     some = sample_tokens(norms, _TOKENS, generator)
     count = sum(sizes[:shared])
-    always = choose_shared(hidden[some], down, count, weights[some]) if count else torch.zeros(0, dtype=torch.long)
-    groups = group_neurons(x[some], hidden[some], down, always, sizes[shared:], weights[some], generator)
+    h = hidden[some].float()
+    always = choose_shared(h, down, count, weights[some]) if count else torch.zeros(0, dtype=torch.long)
+    groups = group_neurons(x[some].float(), h, down, always, sizes[shared:], weights[some], generator)
     return Split(always, groups, top_k)
 
 
