@@ -11,6 +11,7 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from .apply import moe_blocks
+from .attention import attend, attend_reference
 from .block import MoEFFN
 from .errors import ParityError
 from .linears import linears, linears_reference
@@ -69,7 +70,7 @@ def _check_outputs(record: GraphRecord, ours: Any, theirs: Any) -> None:
 
 
 class _Checked(Interpreter):
-    """Runs a lowered graph; each ``moe_ffn`` and ``linears`` also in plain torch operators on the same inputs."""
+    """Runs a lowered graph; each ``moe_ffn``, ``linears`` and ``attend`` also in plain torch operators on the same inputs."""
 
     def __init__(self, record: GraphRecord) -> None:
         super().__init__(record.graph_module)
@@ -84,13 +85,19 @@ class _Checked(Interpreter):
             self._compare(site_of(n), value, reference, operands)
         if n.op == "call_function" and n.target is linears:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            for ours, theirs in zip(value, linears_reference(*args, **kwargs), strict=True):
-                allowed, worst = tolerance_for([theirs]), float((ours - theirs).abs().max()) if ours.numel() else 0.0
-                if not worst <= allowed and not bool(theirs.isnan().any()):
-                    raise ParityError(
-                        f"{site_of(n)}: compiled linear layers differ from eager code by {worst:.1e}; {allowed:.1e} is allowed"
-                    )
+            self._compare_values(n, "linear layers", value, linears_reference(*args, **kwargs))
+        if n.op == "call_function" and n.target is attend:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self._compare_values(n, "attention", [value], [attend_reference(*args, **kwargs)])
         return value
+
+    def _compare_values(self, node: Node, what: str, values: Sequence[Tensor], references: Sequence[Tensor]) -> None:
+        for ours, theirs in zip(values, references, strict=True):
+            allowed, worst = tolerance_for([theirs]), float((ours - theirs).abs().max()) if ours.numel() else 0.0
+            if not worst <= allowed and not bool(theirs.isnan().any()):
+                raise ParityError(
+                    f"{site_of(node)}: the compiled {what} differ from eager code by {worst:.1e}; {allowed:.1e} is allowed"
+                )
 
     def _compare(self, site: str, ours: Tensor, theirs: Tensor, operands: dict[str, Any]) -> None:
         allowed = tolerance_for([theirs])

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .codegen import cpu, linear
+from .attention import attend
+from .codegen import cpu, operators
 from .compiled import Compilation, compilation_of
 from .errors import CompileError, InputError
 from .files import write_bytes
@@ -41,8 +42,8 @@ def generated_code(compiled: Any = None) -> dict[str, str]:
     graphs = last_graphs(compiled)
     kernels = {name for record in graphs for layer in record.layers if (name := layer["backend"]) != "torch"}
     code = {f"kernel_{spec.name}": source for spec, source in cpu.emitted().items()} if "cpu" in kernels else {}
-    if any(node.target is linears for record in graphs for node in record.graph.nodes) and linear.loaded():
-        code["kernel_linears"] = linear.emit()
+    if any(node.target in (linears, attend) for record in graphs for node in record.graph.nodes) and operators.loaded():
+        code["kernel_operators"] = operators.emit()
     for record in graphs:
         if record.output_code:
             code[f"graph_{record.number}"] = "\n".join(record.output_code)

@@ -3,8 +3,8 @@
     linears:    y_i = x W_i^T + b_i  for several W_i that read the same x
     int8_rows:  W -> int8 rows and their scales, made once per version of W
 
-For CPU tensors a generated kernel takes few tokens, and torch's matrix product many (:mod:`moecompile.codegen.linear`); torch
-operators are the specification and the fallback.
+For CPU tensors a generated kernel takes few tokens, and torch's matrix product many (:mod:`moecompile.codegen.operators`);
+torch operators are the specification and the fallback.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .. import linears
-from ..codegen import linear
+from ..codegen import operators
 from .base import PassResult, clone
 from .match_experts import moe_nodes
 from .nodes import argument, inherit, meaning, site_of, tensor_of, written
@@ -102,15 +102,15 @@ class LowerLinear:
         tokens = 1
         for size in given.shape[:-1]:
             tokens *= size if isinstance(size, int) else 1  # a symbolic size may be small: the operator looks
-        if self.weight_format == "same" and tokens > linear.MOST_TOKENS:
+        if self.weight_format == "same" and tokens > operators.MOST_TOKENS:
             return f"{tokens} tokens are a matrix product"
         return Layer(node, x, weight, bias if isinstance(bias, Node) else None)
 
     def _unavailable(self) -> str | None:
         """Why there is no kernel; int8 is asked for, so it is had in torch operators as well."""
         try:
-            linear.load()
-        except linear.Unavailable as error:
+            operators.load()
+        except operators.Unavailable as error:
             return str(error) if self.weight_format == "same" else None
         return None
 

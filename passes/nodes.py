@@ -30,6 +30,8 @@ _SPELLINGS: dict[str, tuple[object, ...]] = {
     "ones": (torch.ones_like, torch.ones, "new_ones", aten.ones_like.default, aten.ones.default, aten.new_ones.default),
     "cast": ("to", "type", "float", "half", "bfloat16", "double", aten.to.dtype, aten._to_copy.default),
     "dropout": (functional.dropout, torch.dropout, aten.dropout.default),
+    "expand": ("expand", aten.expand.default),
+    "attention": (functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default),
     "reshape": (
         "reshape",
         "view",

@@ -12,6 +12,7 @@
 | ``dead_code`` | what nothing reads any more |
 | ``lower_triton``, ``lower_cpu`` | ``moe_ffn`` -> generated kernels |
 | ``lower_linear`` | the linear layers that are left -> ``linears``, one launch for those that read one x |
+| ``lower_attention`` | attention of few queries -> ``attend`` |
 | ``outline_layers`` | equal layers -> calls of one subgraph, which Inductor compiles once |
 
 The rest is left to Inductor, as is a graph without expert FFNs. A graph that is differentiated keeps ``expert_ffn``, which has
@@ -26,6 +27,7 @@ from .fold_constants import FoldConstants
 from .fuse_block import FuseBlock
 from .fuse_router import FuseRouter
 from .hoist_router import HoistRouter
+from .lower_attention import LowerAttention
 from .lower_cpu import LowerCPU
 from .lower_linear import LowerLinear
 from .lower_triton import LowerTriton
@@ -55,6 +57,7 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
         LowerTriton(experts),
         LowerCPU(experts),
         LowerLinear(others),
+        LowerAttention(),
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import dense_model, plain, tokens, without_inductor
-from moecompile.codegen import linear, packing
+from moecompile.codegen import operators, packing
 from moecompile.passes import PassResult, run_passes
 from moecompile.passes.lower_linear import LowerLinear
 from moecompile.passes.pipeline import inference_passes
@@ -19,7 +19,7 @@ import moecompile
 from moecompile import linears
 from moecompile.ops import expert_ffn
 
-needs_compiler = pytest.mark.skipif(linear.available() is not None, reason=str(linear.available()))
+needs_compiler = pytest.mark.skipif(operators.available() is not None, reason=str(operators.available()))
 D = 37  # no multiple of a vector
 
 
@@ -31,7 +31,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("weight_format", linears.FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_numbers(dtype: torch.dtype, weight_format: str) -> None:
-    linear.load()
+    operators.load()
     weights = [random(rows, D, seed=rows).to(dtype) for rows in (5, 1, 130)]
     biases = [random(5).to(dtype), None, random(130).to(dtype)]
     near = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
@@ -47,7 +47,7 @@ def test_numbers(dtype: torch.dtype, weight_format: str) -> None:
 
 @needs_compiler
 def test_operands_the_kernel_does_not_take() -> None:
-    linear.load()
+    operators.load()
     x, weight = random(2, D), random(6, D)
     for given, rows, dtype in ((x.t().contiguous().t(), weight, None), (x, random(D, 6).t(), None), (x, weight, torch.float64)):
         given, rows = given.to(dtype or given.dtype), rows.to(dtype or rows.dtype)
@@ -59,7 +59,7 @@ def test_operands_the_kernel_does_not_take() -> None:
 
 @needs_compiler
 def test_int8_follows_its_weight() -> None:
-    linear.load()
+    operators.load()
     x, weight = random(1, D), nn.Parameter(random(6, D), False)
 
     def check(weight: Tensor) -> None:
@@ -162,8 +162,8 @@ def test_layers_of_one_input_are_one_launch(origin: str) -> None:
 @pytest.mark.parametrize(
     ("form", "count", "left", "reason"),
     [
-        ("plain", linear.MOST_TOKENS, [2, 1], ""),
-        ("plain", linear.MOST_TOKENS + 1, [], "9 tokens are a matrix product"),
+        ("plain", operators.MOST_TOKENS, [2, 1], ""),
+        ("plain", operators.MOST_TOKENS + 1, [], "9 tokens are a matrix product"),
         ("input written", 1, [1], "is changed in place"),
         ("weight computed", 1, [1, 1], "computed in the graph"),
         ("autocast", 1, [1], "of several types, or it is cast by autocast"),
@@ -185,9 +185,9 @@ def test_other_types() -> None:
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
-        raise linear.Unavailable("there is no working C++ compiler")
+        raise operators.Unavailable("there is no working C++ compiler")
 
-    monkeypatch.setattr(linear, "load", missing)
+    monkeypatch.setattr(operators, "load", missing)
     graph_module, inputs = traced(Net(), random(1, D))
     result = lowered(graph_module, inputs)
     assert calls(result.graph_module) == []

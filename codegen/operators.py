@@ -1,4 +1,5 @@
-"""The CPU kernel of linear layers of a few tokens: C++ that registers itself as ``moecompile::linears`` for CPU tensors.
+"""The CPU kernels of what stands around expert FFNs, for a few tokens: linear layers and attention. C++ that registers itself
+as ``moecompile::linears`` and ``moecompile::attend`` for CPU tensors.
 
 One library serves every model: sizes, types and the number of tokens are seen at run time. It is compiled once by Inductor's
 toolchain, kept on disk by hash, and called by torch's dispatcher without Python in between (a Python operator takes 15 us a
@@ -19,7 +20,11 @@ from .cpu import Unavailable, available, first_error, template
 MOST_TOKENS = 8
 # With int8 weights, which torch needs as floats first (45 ms for a head of 49152 x 576, as long as 64 tokens take).
 MOST_INT8_TOKENS = 64
-# Bytes of weights that are worth another thread.
+# Queries per sequence for which attention goes to the kernel.
+MOST_QUERIES = 8
+# Keys of a piece that one thread takes.
+KEYS = 256
+# Bytes of weights, or keys and values, that are worth another thread.
 LEAST_BYTES = 32 * 1024
 
 _lock = threading.Lock()
@@ -30,18 +35,18 @@ _loaded: list[object] = []
 @lru_cache(maxsize=1)
 def emit() -> str:
     """The C++ source."""
-    return template("linear.cpp.jinja").render(
-        most_tokens=MOST_TOKENS, most_int8_tokens=MOST_INT8_TOKENS, least_bytes=LEAST_BYTES
+    return template("operators.cpp.jinja").render(
+        most_tokens=MOST_TOKENS, most_int8_tokens=MOST_INT8_TOKENS, least_bytes=LEAST_BYTES, keys=KEYS
     )
 
 
 def loaded() -> bool:
-    """Whether CPU tensors go to the kernel."""
+    """Whether CPU tensors go to the kernels."""
     return bool(_loaded)
 
 
 def load() -> None:
-    """Build the kernel (or find it on disk) and register it; nothing where that was done already.
+    """Build the kernels (or find them on disk) and register them; nothing where that was done already.
 
     Raises:
         Unavailable: there is no compiler, or it failed; a second call says so again without trying.
@@ -51,7 +56,7 @@ def load() -> None:
             start = time.perf_counter()
             try:
                 _loaded.append(_compile())
-                log("cache", f"CPU kernel of linear layers: built, or found on disk, in {time.perf_counter() - start:.1f} s")
+                log("cache", f"CPU operators: built, or found on disk, in {time.perf_counter() - start:.1f} s")
             except Unavailable as error:
                 _failed.append(str(error))
     if _failed:
@@ -65,7 +70,7 @@ def _compile() -> object:
 
     # A library that uses torch's own, as Inductor's C++ wrappers do.
     flags = {"include_pytorch": True, "shared": True}
-    kind = type("LinearsCache", (CppCodeCache,), {"cache": {}, "cpp_compile_command_flags": flags})
+    kind = type("OperatorsCache", (CppCodeCache,), {"cache": {}, "cpp_compile_command_flags": flags})
     try:
         return kind.load(emit())  # type: ignore[attr-defined]
     except Exception as error:

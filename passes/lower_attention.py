@@ -1,0 +1,146 @@
+"""Lower attention of few queries:  scaled_dot_product_attention(q, k, v, mask)  ->  attend(q, k, v, mask, scale)  on the CPU.
+
+Decoding asks one query of every key. Torch's attention is made for many: 110 us a layer for 9 heads and 129 keys, which
+should take 5. The operator's kernel reads keys and values once for all heads that share them, so keys that were repeated for
+their heads are taken as they were. Graphs without a MoE layer are Inductor's alone, and so are attentions of many queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .. import attention
+from ..codegen import operators
+from .base import PassResult, clone
+from .match_experts import moe_nodes
+from .nodes import argument, inherit, meaning, site_of, tensor_of
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class LowerAttention:
+    """Choose the generated kernel for attention of few queries."""
+
+    name = "lower_attention"
+    requires = frozenset({"block"})
+    ensures = frozenset({"attention"})
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        """The graph with attention lowered; the reasons for what is left are counted in the notes."""
+        if not moe_nodes(graph_module):
+            return PassResult(graph_module, 0)
+        result, changed = clone(graph_module), 0
+        refused, first = Counter[str](), dict[str, str]()
+        for node in [each for each in result.graph.nodes if meaning(each) == "attention"]:
+            reason = _objection(node)
+            if reason is None:
+                try:
+                    operators.load()
+                except operators.Unavailable as error:
+                    return PassResult(graph_module, 0, (f"attention stays torch's: {error}",))
+                _replace(node, self.name)
+                changed += 1
+            elif reason:
+                refused[reason] += 1
+                first.setdefault(reason, f"{site_of(node)}: node {node.name}")
+        result.recompile()
+        notes = tuple(
+            f"{first[reason]}{f' and {count - 1} more' if count > 1 else ''}: stays torch's: {reason}"
+            for reason, count in refused.items()
+        )
+        return PassResult(result, changed, notes)
+
+
+def _objection(node: Node) -> str | None:
+    """Why an attention is left alone ('' where it is none for this pass), or None."""
+    values = [tensor_of(argument(node, place, name)) for place, name in enumerate(("query", "key", "value"))]
+    if values[0] is None or values[1] is None or values[2] is None:
+        return "what it reads was not recorded"
+    query, key, value = values
+    if not query.is_cpu:
+        return ""
+    queries = query.shape[-2] if query.dim() == 4 else 0
+    if not isinstance(queries, int) or queries > operators.MOST_QUERIES:
+        return ""  # a prompt
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return "its operands do not have four dimensions"
+    if query.dtype not in _DTYPES:
+        return f"there is no CPU kernel for {str(query.dtype).removeprefix('torch.')}"
+    if {query.dtype, key.dtype, value.dtype} != {query.dtype}:
+        return "its operands are of several types"
+    if argument(node, 4, "dropout_p", 0.0) != 0.0:
+        return "it has dropout"
+    if argument(node, 5, "is_causal", False) is not False:
+        return "it is causal by position"
+    heads, groups = query.shape[1], key.shape[1]
+    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups or str(value.shape[1]) != str(groups):
+        return "its heads are not known to fit"
+    if str(query.shape[0]) != str(key.shape[0]) or str(value.shape[0]) != str(key.shape[0]):
+        return "its batch is broadcast"
+    if not isinstance(query.shape[3], int) or query.shape[3] != key.shape[3]:
+        return "its head sizes are not known to fit"
+    mask = argument(node, 3, "attn_mask")
+    allowed = tensor_of(mask)
+    if mask is not None and (allowed is None or allowed.dtype not in (torch.bool, torch.float32, query.dtype)):
+        return "its mask is of another type"
+    scale = argument(node, 6, "scale")
+    if scale is not None and not isinstance(scale, (int, float)):
+        return "its scale is computed in the graph"
+    return None
+
+
+def _replace(node: Node, step: str) -> None:
+    query, key, value = (argument(node, place, name) for place, name in enumerate(("query", "key", "value")))
+    mask, scale = argument(node, 3, "attn_mask"), argument(node, 6, "scale")
+    own, graph = _meta(node), node.graph
+    if scale is None:
+        scale = 1 / math.sqrt(_meta(query).shape[-1])
+    plain = [_unrepeated(each) for each in (key, value)]
+    if plain[0] is not None and plain[1] is not None:
+        key, value = plain[0], plain[1]
+    with graph.inserting_before(node):
+        call = inherit(graph.call_function(attention.attend, (query, key, value, mask, float(scale))), node, step)
+        call.meta["example_value"] = call.meta["val"] = own.new_empty([own.shape[at] for at in (0, 2, 1, 3)])
+        call.meta.pop("tensor_meta", None)
+        turned = inherit(graph.call_function(torch.transpose, (call, 1, 2)), node, step)
+        turned.meta["example_value"] = turned.meta["val"] = _meta(call).transpose(1, 2)
+        turned.meta.pop("tensor_meta", None)
+    node.replace_all_uses_with(turned)
+    graph.erase_node(node)
+
+
+def _meta(node: Node) -> torch.Tensor:
+    found = tensor_of(node)
+    assert found is not None  # checked by _objection
+    return found
+
+
+def _unrepeated(node: object) -> Node | None:
+    """x (B, G, S, E) where the node is  x[:, :, None].expand(B, G, n, S, E).reshape(B, G n, S, E),  as models write it."""
+    if meaning(node) != "reshape":
+        return None
+    assert isinstance(node, Node)
+    expanded = node.args[0]
+    if meaning(expanded) != "expand":
+        return None
+    assert isinstance(expanded, Node)
+    inserted = expanded.args[0]
+    if not (isinstance(inserted, Node) and meaning(inserted) == "item" and isinstance(inserted.args[0], Node)):
+        return None
+    everything = slice(None)
+    if inserted.args[1] not in ((everything, everything, None), (everything, everything, None, everything, everything)):
+        return None
+    x = inserted.args[0]
+    values = [tensor_of(each) for each in (x, expanded, node)]
+    if values[0] is None or values[1] is None or values[2] is None:
+        return None
+    batch, groups, keys, size = map(str, values[0].shape)
+    wide, flat = list(map(str, values[1].shape)), list(map(str, values[2].shape))
+    repeats = values[1].shape[2] if len(wide) == 5 else None
+    if not isinstance(repeats, int) or wide != [batch, groups, str(repeats), keys, size]:
+        return None
+    return x if flat == [batch, str(int(values[0].shape[1]) * repeats), keys, size] else None
