@@ -103,6 +103,24 @@ def test_narrow_types(dtype: torch.dtype) -> None:
         assert error < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize(("gated", "biases", "shared"), [(True, True, True), (False, False, False)])
+@pytest.mark.parametrize("routing", ["linear", "given"])
+def test_bfloat16_in_pairs(gated: bool, biases: bool, shared: bool, routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An even hidden size: CPUs with AVX-512 BF16 multiply pairs of numbers where an expert has many tokens."""
+    for hidden in (2, 38, 134):
+        monkeypatch.setitem(globals(), "D", hidden)
+        found = cast(operands(gated, biases, shared, routing), torch.bfloat16)
+        for count in (7, 15, 16, 33, 150):
+            x = tokens(count).to(torch.bfloat16)
+            case = found | {"x": x, "top_k": N}
+            if routing == "given":
+                spread = [torch.randperm(N, generator=torch.Generator().manual_seed(t))[:3] for t in range(count)]
+                case |= {"ids": torch.stack(spread), "weights": torch.rand(count, 3), "top_k": 3}
+            wanted = reference(case)
+            error = (kernel(case).double() - wanted).norm() / wanted.norm()
+            assert error < 2 * torch.finfo(torch.bfloat16).eps, (hidden, count)
+
+
 def test_int8_weights() -> None:
     found = operands() | {"weight_format": "int8", "top_k": 3}
     for count in (1, 40):
