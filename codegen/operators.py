@@ -12,6 +12,8 @@ import threading
 import time
 from functools import lru_cache
 
+import torch
+
 from ..logs import log
 from .cpu import Unavailable, available, first_error, template
 
@@ -22,8 +24,9 @@ MOST_TOKENS = 8
 MOST_INT8_TOKENS = 64
 # Queries per sequence for which attention goes to the kernel.
 MOST_QUERIES = 8
-# Keys of a piece that one thread takes.
+# Keys of a piece that one thread takes, with few queries and with many.
 KEYS = 256
+PIECE = 128
 # Bytes of weights, or keys and values, that are worth another thread.
 LEAST_BYTES = 32 * 1024
 
@@ -36,8 +39,18 @@ _loaded: list[object] = []
 def emit() -> str:
     """The C++ source."""
     return template("operators.cpp.jinja").render(
-        most_tokens=MOST_TOKENS, most_int8_tokens=MOST_INT8_TOKENS, least_bytes=LEAST_BYTES, keys=KEYS
+        most_tokens=MOST_TOKENS,
+        most_int8_tokens=MOST_INT8_TOKENS,
+        least_bytes=LEAST_BYTES,
+        keys=KEYS,
+        piece=PIECE,
+        most_queries=MOST_QUERIES,
     )
+
+
+def pairs() -> bool:
+    """Whether this CPU multiplies pairs of bfloat16 numbers (AVX-512 BF16); then bfloat16 prompts have an attention kernel."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def loaded() -> bool:

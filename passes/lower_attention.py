@@ -1,8 +1,9 @@
-"""Lower attention of few queries:  scaled_dot_product_attention(q, k, v, mask)  ->  attend(q, k, v, mask, scale)  on the CPU.
+"""Lower attention:  scaled_dot_product_attention(q, k, v, mask)  ->  attend(q, k, v, mask, scale, causal)  on the CPU.
 
 Decoding asks one query of every key. Torch's attention is made for many: 110 us a layer for 9 heads and 129 keys, which
 should take 5. The operator's kernel reads keys and values once for all heads that share them, so keys that were repeated for
-their heads are taken as they were. Graphs without a MoE layer are Inductor's alone, and so are attentions of many queries.
+their heads are taken as they were. Many queries are torch's, but for bfloat16 where the CPU multiplies pairs of such numbers.
+Graphs without a MoE layer are Inductor's alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LowerAttention:
-    """Choose the generated kernel for attention of few queries."""
+    """Choose the generated kernels for attention of few queries, and of many in bfloat16."""
 
     name = "lower_attention"
     requires = frozenset({"block"})
@@ -64,7 +65,9 @@ def _objection(node: Node) -> str | None:
     if not query.is_cpu:
         return ""
     queries = query.shape[-2] if query.dim() == 4 else 0
-    if not isinstance(queries, int) or queries > operators.MOST_QUERIES:
+    mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
+    few = isinstance(queries, int) and queries <= operators.MOST_QUERIES and causal is False
+    if query.dim() == 4 and not few and (query.dtype != torch.bfloat16 or mask is not None or not operators.pairs()):
         return ""  # a prompt
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         return "its operands do not have four dimensions"
@@ -74,8 +77,8 @@ def _objection(node: Node) -> str | None:
         return "its operands are of several types"
     if argument(node, 4, "dropout_p", 0.0) != 0.0:
         return "it has dropout"
-    if argument(node, 5, "is_causal", False) is not False:
-        return "it is causal by position"
+    if not isinstance(causal, bool):
+        return "whether it is causal is computed in the graph"
     heads, groups = query.shape[1], key.shape[1]
     if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups or str(value.shape[1]) != str(groups):
         return "its heads are not known to fit"
@@ -83,7 +86,6 @@ def _objection(node: Node) -> str | None:
         return "its batch is broadcast"
     if not isinstance(query.shape[3], int) or query.shape[3] != key.shape[3]:
         return "its head sizes are not known to fit"
-    mask = argument(node, 3, "attn_mask")
     allowed = tensor_of(mask)
     if mask is not None and (allowed is None or allowed.dtype not in (torch.bool, torch.float32, query.dtype)):
         return "its mask is of another type"
@@ -95,7 +97,7 @@ def _objection(node: Node) -> str | None:
 
 def _replace(node: Node, step: str) -> None:
     query, key, value = (argument(node, place, name) for place, name in enumerate(("query", "key", "value")))
-    mask, scale = argument(node, 3, "attn_mask"), argument(node, 6, "scale")
+    mask, causal, scale = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False), argument(node, 6, "scale")
     own, graph = _meta(node), node.graph
     if scale is None:
         scale = 1 / math.sqrt(_meta(query).shape[-1])
@@ -103,7 +105,7 @@ def _replace(node: Node, step: str) -> None:
     if plain[0] is not None and plain[1] is not None:
         key, value = plain[0], plain[1]
     with graph.inserting_before(node):
-        call = inherit(graph.call_function(attention.attend, (query, key, value, mask, float(scale))), node, step)
+        call = inherit(graph.call_function(attention.attend, (query, key, value, mask, float(scale), causal)), node, step)
         call.meta["example_value"] = call.meta["val"] = own.new_empty([own.shape[at] for at in (0, 2, 1, 3)])
         call.meta.pop("tensor_meta", None)
         turned = inherit(graph.call_function(torch.transpose, (call, 1, 2)), node, step)

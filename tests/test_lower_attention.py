@@ -56,9 +56,35 @@ def test_numbers(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     may = random(batch, 1, queries, keys, seed=4) > 0
     may[..., 0, :1] = True
     for mask in (None, may, random(1, heads, 1, keys, seed=5), random(queries, keys, seed=6).to(dtype)):
-        ours = attention.attend(q, k, v, mask, 0.3)
+        ours = attention.attend(q, k, v, mask, 0.3, False)
         assert ours.dtype == dtype and ours.is_contiguous() and ours.shape == (batch, queries, heads, values)
         torch.testing.assert_close(ours.double(), expected(q, k, v, mask, 0.3), rtol=near, atol=near)
+
+
+PROMPTS = [  # B, H, G, L, S, E, E', causal
+    (1, 9, 3, 300, 300, 64, 64, True),
+    (2, 2, 1, 33, 33, 6, 24, True),
+    (1, 4, 2, 40, 129, 128, 128, False),
+    (2, 2, 2, 9, 9, 34, 70, True),
+    (1, 1, 1, 48, 20, 16, 16, True),
+    (1, 1, 1, 16, 1, 4, 3, False),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", PROMPTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    operators.load()
+    batch, heads, groups, queries, keys, width, values, causal = shape
+    q = random(batch, queries, heads, width, seed=1).to(dtype).transpose(1, 2)
+    k = random(batch, groups, keys, width, seed=2).to(dtype)
+    v = random(batch, groups, keys + 2, values, seed=3).to(dtype)[:, :, 1:-1]
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril() if causal else None
+    near = 2e-4 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
+    for loud in (1, 30):  # 30: the largest score moves from piece to piece
+        ours = attention.attend(q * loud, k, v, None, 0.3, bool(causal))
+        torch.testing.assert_close(ours.double(), expected(q * loud, k, v, mask, 0.3), rtol=near, atol=near)
 
 
 @needs_compiler
@@ -67,11 +93,11 @@ def test_extremes() -> None:
     q, k, v = random(1, 2, 2, 8), random(1, 2, 600, 8, seed=1), random(1, 2, 600, 8, seed=2)
     nothing = torch.zeros(1, 1, 2, 600, dtype=torch.bool)
     nothing[..., 1, 300:] = True  # the first query reads nothing, the second nothing of the first pieces
-    torch.testing.assert_close(attention.attend(q, k, v, nothing, 1.0), expected(q, k, v, nothing, 1.0).float())
+    torch.testing.assert_close(attention.attend(q, k, v, nothing, 1.0, False), expected(q, k, v, nothing, 1.0).float())
     big = q * 1e4  # scores whose exponentials overflow
-    torch.testing.assert_close(attention.attend(big, k, v, None, 1.0), expected(big, k, v, None, 1.0).float())
+    torch.testing.assert_close(attention.attend(big, k, v, None, 1.0, False), expected(big, k, v, None, 1.0).float())
     k[0, 0, 599, 0] = math.nan
-    y = attention.attend(q, k, v, None, 1.0)
+    y = attention.attend(q, k, v, None, 1.0, False)
     assert y[:, :, 0].isnan().all() and y[:, :, 1].isfinite().all()
 
 
@@ -79,17 +105,17 @@ def test_extremes() -> None:
 def test_operands_the_kernel_does_not_take() -> None:
     operators.load()
     q, k, v = random(1, 2, 1, 6), random(1, 2, 6, 5, seed=1).transpose(-1, -2), random(1, 2, 5, 6, seed=2)
-    torch.testing.assert_close(attention.attend(q, k, v, None, 1.0), expected(q, k, v, None, 1.0).float())
+    torch.testing.assert_close(attention.attend(q, k, v, None, 1.0, False), expected(q, k, v, None, 1.0).float())
     double = [each.double() for each in (q, k, v)]
-    torch.testing.assert_close(attention.attend(*double, None, 1.0), expected(*double, None, 1.0))
+    torch.testing.assert_close(attention.attend(*double, None, 1.0, False), expected(*double, None, 1.0))
     with pytest.raises(RuntimeError):
-        attention.attend(q, k[..., :5], v, None, 1.0)
+        attention.attend(q, k[..., :5], v, None, 1.0, False)
 
 
 def test_schema() -> None:
     q, k, v = random(2, 4, 1, 8), random(2, 2, 7, 8, seed=1), random(2, 2, 7, 8, seed=2)
-    torch.library.opcheck(attention.attend, (q, k, v, None, 0.5))
-    torch.library.opcheck(attention.attend, (q, k, v, random(2, 1, 1, 7) > 0, 0.5))
+    torch.library.opcheck(attention.attend, (q, k, v, None, 0.5, True))
+    torch.library.opcheck(attention.attend, (q, k, v, random(2, 1, 1, 7) > 0, 0.5, False))
 
 
 def nodes(record: object) -> list[object]:
@@ -152,7 +178,7 @@ class Attentive(torch.nn.Module):
     [
         ("plain", 1, 1, ""),
         ("plain", operators.MOST_QUERIES + 1, 0, ""),
-        ("causal", 2, 0, "causal by position"),
+        ("causal", 2, 0, ""),
         ("dropout", 1, 0, "it has dropout"),
         ("three dimensions", 1, 0, "do not have four dimensions"),
         ("float64", 1, 0, "no CPU kernel for float64"),
