@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast, overload
@@ -23,7 +25,7 @@ from . import logs
 from .apply import moe_blocks
 from .backend import Backend, CompileOptions
 from .checking import check_blocks
-from .codegen import packing, stored, triton_backend
+from .codegen import operators, packing, stored, triton_backend
 from .conversion import convert
 from .errors import InputError, MatchError, MoECompileError
 from .lowered import warn_once
@@ -70,9 +72,10 @@ class Compilation:
             self._prepare()
         variant = self._variants.get(key := tuple(block.dial for block in self._blocks))
         if variant is None:
+            self._load_ahead()
             variant = self._variants[key] = self._compile()
         try:
-            with self._switch, _breaks_told(self), _static_floats():
+            with self._switch, _breaks_told(self), _static_floats(), _collector:
                 return _settled(variant(*args, **kwargs))
         except Exception as error:  # TorchDynamo wraps what its backend raises
             inner = getattr(error, "inner_exception", None)
@@ -91,6 +94,12 @@ class Compilation:
                     packing.relayout_(parameter)
                 elif not parameter.is_contiguous():  # was compiled on the CPU before; GPU kernels read rows
                     parameter.data = parameter.data.contiguous()
+
+    def _load_ahead(self) -> None:
+        """The library of CPU operators is found, or built, while TorchDynamo traces; the passes wait for it."""
+        modules = [] if self._module is None else [*self._blocks, *stock_experts(self._module).values()]
+        if any(parameter.device.type == "cpu" for module in modules for parameter in module.parameters()):
+            threading.Thread(target=_load_operators, name="moecompile-operators", daemon=True).start()
 
     def _compile(self) -> Callable[..., Any]:
         """A function of its own code object, since TorchDynamo counts recompilations by code object."""
@@ -112,6 +121,42 @@ def _static_floats() -> Any:
     from torch._dynamo import config
 
     return config.patch(specialize_float=True)
+
+
+def _load_operators() -> None:
+    with contextlib.suppress(operators.Unavailable):  # the passes say so
+        operators.load()
+
+
+class _CollectorPaused:
+    """No garbage collection from the moment that something is compiled within a call until the call returns: walking the model,
+    TorchDynamo's state and the graphs again and again takes a tenth of the time."""
+
+    def __init__(self) -> None:
+        self._calls = self._paused = 0
+        self._registered = False
+
+    def __enter__(self) -> None:
+        if not self._registered:
+            from torch._dynamo.callback import on_compile_start
+
+            on_compile_start(self._start)
+            self._registered = True
+        self._calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._calls -= 1
+        if self._paused and not self._calls:
+            self._paused = 0
+            gc.enable()
+
+    def _start(self, _: object = None) -> None:
+        if self._calls and gc.isenabled():
+            gc.disable()
+            self._paused = 1
+
+
+_collector = _CollectorPaused()
 
 
 def _settled(outputs: Any) -> Any:

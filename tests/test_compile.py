@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
 from typing import Any
@@ -375,3 +376,32 @@ def test_calls_inside_a_compiled_function() -> None:
 
     with torch.no_grad():
         close(outer(IDS), logits(compilation_of(fast).target) * 2)
+
+
+def test_the_garbage_collector_runs_again_after_compiling() -> None:
+    states: list[bool] = []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    fast = without_inductor(moecompile.compile(Net()))
+    compilation = compilation_of(fast)
+    compilation.backend._compile = lambda graph_module, inputs: states.append(gc.isenabled()) or graph_module.forward  # type: ignore[method-assign]
+    close(fast(torch.ones(3)), torch.full((3,), 2.0))
+    assert states == [False] and gc.isenabled()
+
+    def failing(graph_module: Any, inputs: Any) -> Any:
+        raise CompileError("no")
+
+    compilation.backend._compile = failing  # type: ignore[method-assign]
+    with pytest.raises(CompileError):
+        fast(torch.ones(3, dtype=torch.float64))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        compilation.backend._compile = lambda graph_module, inputs: graph_module.forward  # type: ignore[method-assign]
+        fast(torch.ones(3, dtype=torch.float16))
+        assert not gc.isenabled()  # it was off before
+    finally:
+        gc.enable()
