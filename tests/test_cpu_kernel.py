@@ -116,9 +116,11 @@ def test_bfloat16_in_pairs(gated: bool, biases: bool, shared: bool, routing: str
             if routing == "given":
                 spread = [torch.randperm(N, generator=torch.Generator().manual_seed(t))[:3] for t in range(count)]
                 case |= {"ids": torch.stack(spread), "weights": torch.rand(count, 3), "top_k": 3}
-            wanted = reference(case)
-            error = (kernel(case).double() - wanted).norm() / wanted.norm()
-            assert error < 2 * torch.finfo(torch.bfloat16).eps, (hidden, count)
+            for weight_format in ("same", "int8"):
+                case["weight_format"] = weight_format
+                wanted = reference(case)
+                error = (kernel(case).double() - wanted).norm() / wanted.norm()
+                assert error < 2 * torch.finfo(torch.bfloat16).eps, (hidden, count, weight_format)
 
 
 def test_int8_weights() -> None:
