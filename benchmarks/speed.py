@@ -299,14 +299,16 @@ fast = moecompile.compile(model)
 start = time.perf_counter()
 with torch.no_grad():
     out = fast(input_ids=ids, use_cache=True)
+    first = time.perf_counter() - start
     for _ in range(2):
         out = fast(input_ids=torch.tensor([[7]]), past_key_values=out.past_key_values, use_cache=True)
-print(time.perf_counter() - start, len(moecompile.last_graphs(fast)))
+print(first, time.perf_counter() - start, len(moecompile.last_graphs(fast)))
 """
 
 
 def compile_seconds(dense: Any) -> dict[str, float]:
-    """Seconds until the first decoded token in a new process: with an empty cache, and with a filled one."""
+    """Seconds in a new process from the first call until it returns (one graph), and until the second decoded token (all
+    graphs): with an empty cache, and with a filled one."""
     with tempfile.TemporaryDirectory() as folder:
         moe = split(dense, 16, 48, 16)
         moecompile.save(moe, Path(folder) / "moe")
@@ -316,8 +318,8 @@ def compile_seconds(dense: Any) -> dict[str, float]:
         for name in ("cold", "warm"):
             command = [sys.executable, "-c", script]
             printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
-            found[name], found["graphs"] = float(printed[-2]), float(printed[-1])
-            say(f"  compile, {name}: {found[name]:.1f} s")
+            found[f"{name}_first_call"], found[name], found["graphs"] = map(float, printed[-3:])
+            say(f"  compile, {name}: {found[f'{name}_first_call']:.1f} s, then {found[name]:.1f} s")
         return found
 
 
@@ -326,8 +328,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"# Speed: {result['model']}, {result['machine']}", ""]
     lines += [f"{result['date']}; torch {result['torch']}, transformers {result['transformers']}, {result['threads']} threads."]
     if compiled := result.get("compile_seconds"):
-        lines += [f"Compile time of the 50 % model: cold {compiled['cold']:.1f} s, warm {compiled['warm']:.1f} s "]
-        lines[-1] += f"({compiled['graphs']:.0f} graphs: prefill and decode)."
+        first = f"cold {compiled['cold_first_call']:.1f} s, warm {compiled['warm_first_call']:.1f} s"
+        lines += [f"Compile time of the 50 % model in a new process: its first call, a prompt: {first}; until the second decoded"]
+        lines += [f"token, {compiled['graphs']:.0f} graphs: cold {compiled['cold']:.1f} s, warm {compiled['warm']:.1f} s."]
     groups = dict.fromkeys((row["phase"], row["dtype"]) for row in result["rows"])
     for phase, dtype in groups:
         rows = [row for row in result["rows"] if (row["phase"], row["dtype"]) == (phase, dtype)]
@@ -365,6 +368,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=512, metavar="L", help="tokens of the prompt (default: 512)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-peers", action="store_true", help="leave transformers' experts out")
+    parser.add_argument("--compile-time-only", action="store_true", help="measure nothing else; the tables stay")
     parser.add_argument("--no-compile-time", action="store_true", help="do not measure how long compiling takes")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows, and dense and ours 50%% beside them")
     parser.add_argument("--ask", action="store_true", help="wait for Enter before the rounds of each table")
@@ -378,9 +382,10 @@ def main() -> None:
         "torch": torch.__version__, "transformers": transformers.__version__, "rounds": options.rounds, "rows": [],
     }  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.append:
+    if options.append or options.compile_time_only:
         before = json.loads((options.output / "speed.json").read_text())
-        again = {(phase, dtype) for phase in options.phase for dtype in options.dtype}
+        asked = () if options.compile_time_only else options.phase
+        again = {(phase, dtype) for phase in asked for dtype in options.dtype}
         result["rows"] = [row for row in before["rows"] if (row["phase"], row["dtype"]) not in again]
         result |= {"compile_seconds": before["compile_seconds"]} if "compile_seconds" in before else {}
 
@@ -389,7 +394,7 @@ def main() -> None:
         write_bytes(options.output / "speed.md", markdown(result).encode())
 
     for dtype in options.dtype:
-        for phase in options.phase:
+        for phase in () if options.compile_time_only else options.phase:
             say(f"  {phase}, {dtype}")
             result["rows"] += table(dense, getattr(torch, dtype), phase, options)
             keep()

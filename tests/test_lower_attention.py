@@ -207,3 +207,14 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_passes(graph_module, inference_passes())
     assert not nodes(result)
     assert any("attention stays torch's: there is no working C++ compiler" in note for note in result.notes)
+
+
+@needs_compiler
+def test_bfloat16_prompts_are_verified() -> None:
+    moe = plain().bfloat16()
+    fast = without_inductor(moecompile.compile(moe, verify=True))
+    with torch.no_grad():
+        for length in (12, 70):
+            ours, theirs = fast(input_ids=tokens(1, length)).logits, moe(input_ids=tokens(1, length)).logits
+            assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+    assert len(nodes(moecompile.last_graphs(fast)[0])) == (2 if operators.pairs() else 0)
