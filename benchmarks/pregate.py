@@ -21,7 +21,7 @@ import torch
 from moecompile.apply import build_blocks, install
 from moecompile.capture import capture
 from moecompile.checkpoint import adopt
-from moecompile.distil import Distillation, Targets, agreement, collect_targets, distil, statistics
+from moecompile.distil import Distillation, Targets, agreement, collect_targets, distil, membership, statistics
 from moecompile.hub import load_dense, load_tokenizer
 from moecompile.match import match
 from moecompile.plans import MoEPlan
@@ -29,7 +29,6 @@ from moecompile.pregate import PreGateSpec, PreGatingRouter
 from moecompile.progress import Progress
 from moecompile.recipes import ReadMe
 from moecompile.recipes.base import Context
-from moecompile.recipes.domains import membership
 from moecompile.recipes.read_me import _aligned_sites, embedder
 from moecompile.text import read_text, token_ids, windows
 

@@ -160,6 +160,14 @@ def overlaps(hidden: Tensor, member: Tensor, active: float) -> Tensor:
     return torch.cat(parts)
 
 
+def membership(experts: Sequence[Sequence[int]], width: int) -> Tensor:
+    """(F, N) float, 1 where a neuron belongs to an expert."""
+    member = torch.zeros(width, len(experts))
+    for number, neurons in enumerate(experts):
+        member[list(neurons), number] = 1.0
+    return member
+
+
 def _windows(batch: Any) -> Tensor:
     ids = batch.get("input_ids") if isinstance(batch, dict) else batch
     if not isinstance(ids, Tensor) or ids.dim() != 2:

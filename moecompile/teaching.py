@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from .conversion import find_ffns, matches_of
-from .distil import Distillation, Targets, collect_targets, distil
+from .distil import Distillation, Targets, collect_targets, distil, membership
 from .errors import InputError
 from .front import front_of
 from .parity import evaluating
 from .plans import MoEPlan
 from .progress import Progress
-from .recipes.domains import membership
 from .recipes.read_me import embedder
 
 

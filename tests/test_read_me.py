@@ -14,10 +14,10 @@ from conftest import corpus
 import moecompile
 from moecompile import InputError, MatchError, PlanError
 from moecompile.cli import main
-from moecompile.distil import Distillation
+from moecompile.distil import Distillation, membership
 from moecompile.front import decide
 from moecompile.recipes import ReadMe
-from moecompile.recipes.domains import domain_experts, membership
+from moecompile.recipes.domains import domain_experts
 from moecompile.sites import DenseFFN
 
 SMALL: dict[str, Any] = {"router_width": 32, "router_heads": 2, "router_mlp": 32}

@@ -60,6 +60,10 @@ def add(commands: Any) -> None:
     for name, kind, text in (
         ("learning_rate", float, "peak rate of AdamW for experts and norms"),
         ("router_rate", float, "peak rate of the routers, relative to their weights' own size"),
+        ("front_rate", float, "peak rate of a router at the front"),
+        ("rounds", int, "alternate, so many times, between the routers and the other stages; 0: all together"),
+        ("router_share", float, "with --rounds: the routers' share of the steps"),
+        ("round_decay", float, "with --rounds: each round's rates over the one's before"),
         ("warmup", float, "share of the steps in which the rate rises; a cosine to 0 follows"),
         ("weight_decay", float, "AdamW's"),
         ("clip", float, "largest norm of the gradients"),
@@ -96,6 +100,10 @@ def config_of(options: argparse.Namespace) -> TuneConfig:
     same = (
         "learning_rate",
         "router_rate",
+        "front_rate",
+        "rounds",
+        "router_share",
+        "round_decay",
         "warmup",
         "weight_decay",
         "clip",

@@ -8,8 +8,6 @@ all experts on is still the dense model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -77,11 +75,3 @@ def domain_experts(strength: Tensor, width: int, always: Tensor) -> tuple[list[i
     idle = torch.nonzero(~(masks.any(0) | common)).flatten()
     spare = [part.tolist() for part in idle.split(size)] if len(idle) else []
     return torch.nonzero(common).flatten().tolist(), experts + spare, len(spare)
-
-
-def membership(experts: Sequence[Sequence[int]], width: int) -> Tensor:
-    """(F, N) float, 1 where a neuron belongs to an expert."""
-    member = torch.zeros(width, len(experts))
-    for number, neurons in enumerate(experts):
-        member[list(neurons), number] = 1.0
-    return member

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..apply import build_block
-from ..distil import Distillation, collect_targets, distil
+from ..distil import Distillation, collect_targets, distil, membership
 from ..errors import InputError, MatchError, PlanError
 from ..front import refusal
 from ..plans import BIAS, DOWN, MEANS, MoEPlan, SitePlan
@@ -24,7 +24,7 @@ from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, Recipe, check_counts, check_fraction, planner
 from .calibrated import clipped, masked_outputs
-from .domains import RANKINGS, domain_experts, domain_strengths, membership
+from .domains import RANKINGS, domain_experts, domain_strengths
 from .neurons import token_weights
 from .refit import Mask, idle_means, refit_down
 from .survey import split_neurons

@@ -5,7 +5,8 @@
 
 s_l, t_l are the residual streams behind layer l. L_router is a logistic loss of the routers' centred scores against the experts
 that matter most in the dense model, each weighted by how far its amplitude is from the threshold: a choice that is nearly a tie
-costs nearly nothing.
+costs nearly nothing. For a router at the front it is Read-ME's: KL(softmax of the experts' overlaps with the dense model's
+active neurons || softmax of the scores), :mod:`moecompile.distil`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..distil import Distillation, loss_of, probabilities, statistics
+from ..front import front_of
 from .config import TuneConfig
 from .loss import head_loss, relative_error
 from .student import Inside
@@ -49,8 +52,13 @@ class Distiller(nn.Module):
         self.config, self.dtype = config, dtype
         self._inside, self._top_k = inside, dict(top_k)
 
-    def forward(self, inputs: Mapping[str, Tensor], step: int) -> Tensor:
-        """(5,) float32: the loss and its parts, as in :data:`PARTS`; only the first has a gradient."""
+    def forward(self, inputs: Mapping[str, Tensor], step: int, front_alone: bool = False) -> Tensor:
+        """(5,) float32: the loss and its parts, as in :data:`PARTS`; only the first has a gradient.
+
+        With ``front_alone`` the router at the front learns its targets and the student is not computed.
+        """
+        if front_alone:
+            return self._front_alone(inputs)
         stride = self.config.kl_stride
         positions = slice(step % stride, None, stride)
         kind = inputs["input_ids"].device.type
@@ -78,9 +86,31 @@ class Distiller(nn.Module):
             if path in targets.amplitudes
         ]
         router = torch.stack(routers).mean() if routers else zero
+        if targets.overlap is not None and self._inside.front is not None:
+            router = front_loss(self._inside.front[real], targets.overlap[real])
         self._inside.clear()
         loss = main + self.config.layer_weight * layer + self.config.oracle_weight * router
         return torch.stack([loss, kl, label, layer.detach(), router.detach()])
+
+    def _front_alone(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        front = front_of(self.student)
+        assert front is not None
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            overlap = self.teacher.overlap(inputs)
+            scores = front.router(front.tokens(self.student, ids), mask)
+        real = slice(None) if mask is None else mask.bool().flatten()
+        loss = front_loss(scores[real], overlap[real])
+        zero = loss.new_zeros(())
+        return torch.stack([loss, zero, zero, zero, loss.detach()])
+
+
+def front_loss(scores: Tensor, overlap: Tensor) -> Tensor:
+    """KL(target || softmax(scores)) of a router at the front, in nats: scores and overlaps (T, N) or (T, L, N)."""
+    options = Distillation()
+    mean, scale = statistics(overlap[None])
+    wanted = probabilities(overlap, options, mean.to(overlap.device), scale)
+    return loss_of(scores, wanted, options)
 
 
 def next_words(inputs: Mapping[str, Tensor]) -> Tensor:

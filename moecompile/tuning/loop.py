@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ..apply import moe_blocks
 from ..errors import InputError, MoECompileError
+from ..front import front_of
 from ..parity import evaluating
 from ..progress import Progress
+from ..tied import sum_copies
 from .attention import use_blocks
 from .config import TuneConfig
 from .distiller import PARTS, Distiller
@@ -92,6 +94,8 @@ def tune(
     steps = len(batches) if steps is None else steps
     if steps < 1 or len(batches) < 1:
         raise InputError("there is nothing to train on: not one batch")
+    if steps < 2 * config.rounds:
+        raise InputError(f"--rounds is {config.rounds}, but there are {steps} steps: a round takes two at least")
     device = next(moe.parameters()).device
     check_head(moe, _inputs(batches[0], device))
     check_head(dense, _inputs(batches[0], device))
@@ -151,6 +155,10 @@ class _Run:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=count == 1)
         self.main = rank == 0
+        self.tied = any(block.neuron is not None for block in blocks.values())
+        self.front = front_of(student) is not None
+        if self.tied and count > 1:
+            raise InputError("experts that overlap are tuned by one process: a neuron's copies may lie on several")
 
     def train(
         self,
@@ -197,11 +205,16 @@ class _Run:
         return Tuning(steps, tokens, round(before + seconds, 3), round(rate, 2), size, curve, first)
 
     def _step(self, inputs: dict[str, Tensor], step: int, steps: int) -> dict[str, float]:
-        factor = self.config.rate(step, steps)
+        stages, factor = self.config.schedule(step, steps)
+        front_alone = self.front and self.config.rounds > 0 and stages == ("router",)
+        losses = self.distiller({name: part_of(value) for name, value in inputs.items()}, step, front_alone)
+        losses[0].backward()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        losses = self.distiller({name: part_of(value) for name, value in inputs.items()}, step)
-        losses[0].backward()
+            for parameter in group["params"] if group["stage"] not in stages else ():
+                parameter.grad = None  # AdamW leaves it alone, moments and all
+        if self.tied:
+            sum_copies(self.student)
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         shown = mean(losses.detach().clone())
         row = {name: float(value) for name, value in zip(PARTS, shown, strict=True)}
