@@ -261,6 +261,7 @@ def thinned(curve: list[dict[str, float]]) -> list[dict[str, float]]:
     rows = []
     for start in range(0, len(curve), size):
         part = curve[start : start + size]
-        row = {key: sum(one[key] for one in part) / len(part) for key in part[0]}
+        values = {key: [one[key] for one in part if key in one] for one in part for key in one}
+        row = {key: sum(found) / len(found) for key, found in values.items()}
         rows.append({**row, "step": part[-1]["step"], "tokens": part[-1]["tokens"]})
     return [{key: float(f"{value:.6g}") for key, value in row.items()} for row in rows]

@@ -42,7 +42,8 @@ class Tuning:
         seconds: of training in all, checkpoints included.
         tokens_per_second: of this process's own steps.
         parameters: numbers that were trained.
-        curve: per step ``step, tokens, loss, kl, label, layers, router, gradient_norm, learning_rate``.
+        curve: per step ``step, tokens, loss, kl, label, layers, router, gradient_norm, learning_rate``; without ``kl, label,
+            layers`` where only a router at the front learned.
         resumed_from: the step that the run went on from, 0 for a fresh one.
     """
 
@@ -217,7 +218,8 @@ class _Run:
             sum_copies(self.student)
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         shown = mean(losses.detach().clone())
-        row = {name: float(value) for name, value in zip(PARTS, shown, strict=True)}
+        known = ("loss", "router") if front_alone else PARTS  # the others were not computed
+        row = {name: float(value) for name, value in zip(PARTS, shown, strict=True) if name in known}
         row |= {"gradient_norm": float(norm), "learning_rate": self.config.learning_rate * factor}
         if not all(math.isfinite(value) for value in row.values()):
             raise MoECompileError(f"the loss is {row['loss']} at step {step + 1}; take a smaller --learning-rate")
