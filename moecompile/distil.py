@@ -6,7 +6,10 @@ M0(t) holds the neurons that the dense model activates most on token t (the top 
 With aligned ids the overlaps of all layers are summed. Read-ME (arXiv 2410.19123), section 3.2. The router sees token t itself
 and what stands before it: at decode time the token is known before layer 0 runs, so the target is that of the same position.
 
-Targets are computed once and kept as 16-bit counts; training then reads embeddings and counts alone.
+With a decision per layer and several experts of many, ``target="amplitude"`` learns the choice itself (choice.py) from how much
+each expert matters, a_e = sqrt(sum_{j in e} (h_j - mean_j)^2 |w_j|^2), as the routers of the layers can.
+
+Targets are computed once and kept as 16-bit numbers; training then reads embeddings and targets alone.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .capture import Captured
+from .choice import captured_share, centred_scores, oracle_loss
 from .errors import InputError
 from .files import write_tensors
 from .match import Match
@@ -33,6 +37,8 @@ from .stream import Stream
 
 _CHUNK = 4096
 _MOST_BYTES = 2 << 30
+_AMPLITUDE = 30_000  # of the largest of a token and layer, in 16 bits
+TARGETS = ("overlap", "amplitude")
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class Distillation:
         balance: weight of the load-balance term N * sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961).
         locality: weight of the mean squared difference between consecutive tokens' probabilities.
         held: share of the windows that is measured on and not trained on.
+        target: ``overlap`` (the paper's), or ``amplitude``: a logistic loss against the ``top_k`` experts that matter most, for
+            decisions per layer.
+        top_k: with ``amplitude``, how many experts are chosen.
     """
 
     steps: int = 100
@@ -65,6 +74,8 @@ class Distillation:
     balance: float = 0.0
     locality: float = 0.0
     held: float = 0.1
+    target: str = "overlap"
+    top_k: int = 1
 
     def check(self) -> None:
         """Refuse numbers that make no sense.
@@ -76,6 +87,8 @@ class Distillation:
             raise InputError(f"the router cannot be trained with these settings: {self}")
         if min(self.weight_decay, self.temperature, self.balance, self.locality) < 0:
             raise InputError(f"the router cannot be trained with negative weights: {self}")
+        if self.target not in TARGETS or self.top_k < 1:
+            raise InputError(f"the router's target is '{self.target}' of {self.top_k}; it can be {' or '.join(TARGETS)}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,8 @@ class Targets:
 
     Attributes:
         ids: (W, S) token ids, windows without padding.
-        overlap: (W, S, N) int16 for aligned ids, or (W, S, L, N): neurons that each expert has in common with the active ones.
+        overlap: (W, S, N) int16 for aligned ids, or (W, S, L, N): neurons that each expert has in common with the active ones,
+            or the experts' amplitudes.
     """
 
     ids: Tensor
@@ -107,6 +121,7 @@ def collect_targets(
     *,
     aligned: bool,
     active: float = 0.5,
+    target: str = "overlap",
     progress: Progress | None = None,
 ) -> Targets:
     """Run the dense model over batches, a few at a time, and count.
@@ -118,10 +133,14 @@ def collect_targets(
         members: for each FFN (F, N), 1 where a neuron belongs to an expert.
         aligned: sum over the layers.
         active: share of the neurons that counts as activated.
+        target: ``overlap``, or ``amplitude`` (not of aligned ids).
 
     Raises:
-        InputError: the batches are padded or of several lengths, or the counts would not fit into 2 GiB.
+        InputError: the batches are padded or of several lengths, the counts would not fit into 2 GiB, or aligned ids are to
+            learn amplitudes.
     """
+    if aligned and target == "amplitude":
+        raise InputError("amplitudes are a target for a decision per layer; aligned ids learn overlaps")
     windows = [_windows(batch) for batch in batches]
     lengths = {rows.shape[1] for rows in windows}
     if len(lengths) != 1:
@@ -140,7 +159,13 @@ def collect_targets(
         for number, (match, inputs) in enumerate(stream):
             dense = DenseFFN.read(match.site, captured.module)
             hidden = dense.hidden(stream.tokens(number, inputs))
-            counts = overlaps(hidden, members[number].to(hidden.device), active).cpu().view(count, ids.shape[1], experts)
+            member = members[number].to(hidden.device)
+            if target == "amplitude":
+                found = amplitudes(hidden, dense.down, member)
+                found = (found / found.amax(1, keepdim=True).clamp_min(1e-12) * _AMPLITUDE).round()
+            else:
+                found = overlaps(hidden, member, active)
+            counts = found.cpu().view(count, ids.shape[1], experts)
             into = overlap[start : start + count] if aligned else overlap[start : start + count, :, number]
             into += counts.to(torch.int16)
             if number + 1 < len(matches):
@@ -158,6 +183,12 @@ def overlaps(hidden: Tensor, member: Tensor, active: float) -> Tensor:
         least = strength.kthvalue(strength.shape[1] - k + 1, dim=1, keepdim=True).values
         parts.append((strength >= least).float() @ member.float())
     return torch.cat(parts)
+
+
+def amplitudes(hidden: Tensor, down: Tensor, member: Tensor) -> Tensor:
+    """(T, F) activations, the down projection (D, F), (F, N) membership -> (T, N) float32, how much each expert matters."""
+    size, mean = down.float().square().sum(0), hidden.float().mean(0)
+    return torch.cat([((part.float() - mean).square_() * size @ member.float()).sqrt() for part in hidden.split(_CHUNK)])
 
 
 def membership(experts: Sequence[Sequence[int]], width: int) -> Tensor:
@@ -192,7 +223,9 @@ def _grouped(batches: Sequence[Any], windows: Sequence[Tensor]) -> list[list[Any
 
 
 def probabilities(overlap: Tensor, options: Distillation, mean: Tensor, scale: float) -> Tensor:
-    """(..., N) counts -> (..., N) targets; ``mean`` (N,) or (L, N) and ``scale`` from :func:`statistics`."""
+    """(..., N) counts -> (..., N) targets; ``mean`` (N,) or (L, N) and ``scale`` from :func:`statistics`. Amplitudes stay."""
+    if options.target == "amplitude":
+        return overlap.float()
     z = overlap.float() - mean if options.centred else overlap.float()
     if options.temperature == 0:
         return nn.functional.one_hot(z.argmax(-1), z.shape[-1]).float()
@@ -283,11 +316,14 @@ def distil(
 
 
 def loss_of(scores: Tensor, wanted: Tensor, options: Distillation) -> Tensor:
-    """KL with the optional terms; scores and targets (B, S, N) or (B, S, L, N)."""
+    """KL, or the logistic loss of amplitudes, with the optional terms; scores and targets (B, S, N) or (B, S, L, N)."""
     log_q = scores.log_softmax(-1)
-    log_p = wanted.clamp_min(1e-9).log()
     q = log_q.exp()
-    loss = (q * (log_q - log_p) if options.reverse else wanted * (log_p - log_q)).sum(-1).mean()
+    if options.target == "amplitude":
+        loss = oracle_loss(centred_scores(scores, options.top_k)[1], wanted, options.top_k)
+    else:
+        log_p = wanted.clamp_min(1e-9).log()
+        loss = (q * (log_q - log_p) if options.reverse else wanted * (log_p - log_q)).sum(-1).mean()
     if options.balance:
         experts = scores.shape[-1]
         chosen = nn.functional.one_hot(scores.argmax(-1), experts).float().mean((0, 1))
@@ -312,17 +348,22 @@ def agreement(
 
     Returns:
         ``agreement`` (share of tokens, over all layers), ``constant_agreement`` (of the best constant choice),
-        ``same_as_previous`` and ``oracle_same_as_previous`` (share of consecutive tokens with the same expert), ``tokens``.
+        ``same_as_previous`` and ``oracle_same_as_previous`` (share of consecutive tokens with the same expert), ``tokens``; of
+        amplitudes also ``energy`` and ``oracle_energy``, what the chosen experts and the best ones have of their squares.
     """
     options = options or Distillation()
     mean = statistics(targets.overlap)[0] if mean is None else mean.cpu()
     device = next(router.parameters()).device
     hits = same = oracle_same = total = pairs = 0
+    energy = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(targets.overlap.shape[2:])
     was_training = router.training
     router.eval()
     for ids, overlap in zip(targets.ids.split(4), targets.overlap.split(4), strict=True):
-        chosen = router(embed(ids.to(device))).view(overlap.shape).argmax(-1).cpu()
+        scores = router(embed(ids.to(device))).view(overlap.shape).cpu()
+        chosen = scores.argmax(-1)
+        if options.target == "amplitude":
+            energy += torch.stack(captured_share(scores.topk(options.top_k, dim=-1).indices, overlap)).double()
         z = overlap.float() - mean.cpu() if options.centred else overlap.float()
         best = z.argmax(-1)
         counts += nn.functional.one_hot(best, overlap.shape[-1]).float().sum((0, 1))
@@ -332,7 +373,9 @@ def agreement(
         total += best.numel()
         pairs += best[:, 1:].numel()
     router.train(was_training)
+    shares = [round(float(value) / total, 5) for value in energy] if options.target == "amplitude" else []
     return {
+        **dict(zip(("energy", "oracle_energy"), shares, strict=False)),
         "agreement": round(hits / total, 5),
         "constant_agreement": round(float(counts.max(-1).values.sum()) / total, 5),
         "same_as_previous": round(same / max(pairs, 1), 5),

@@ -21,8 +21,9 @@ from .recipes.read_me import embedder
 
 
 def router_targets(
-    moe: nn.Module, dense: nn.Module, batches: Iterable[Any], *, active: float = 0.5, progress: Progress | None = None
-) -> Targets:
+    moe: nn.Module, dense: nn.Module, batches: Iterable[Any], *, active: float = 0.5, target: str = "overlap",
+    progress: Progress | None = None,
+) -> Targets:  # fmt: skip
     """What the router at the front of ``moe`` is to learn on batches: which experts the dense model's neurons belong to.
 
     Args:
@@ -30,6 +31,7 @@ def router_targets(
         dense: the dense model it came from.
         batches: inputs with ``input_ids`` (B, S), all of one length, without padding.
         active: share of a layer's neurons that counts as activated.
+        target: as of :func:`moecompile.distil.collect_targets`.
 
     Raises:
         InputError: the model has no router at its front, or batches do not fit.
@@ -43,8 +45,9 @@ def router_targets(
     members = [membership(s.choosable, s.site.intermediate_size) for s in plan.sites]
     with evaluating(dense):
         return collect_targets(
-            captured, matches, list(batches), members, aligned=front.router.spec.groups == 1, active=active, progress=progress
-        )
+            captured, matches, list(batches), members, aligned=front.router.spec.groups == 1, active=active, target=target,
+            progress=progress,
+        )  # fmt: skip
 
 
 def distil_front(

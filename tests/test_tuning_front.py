@@ -117,11 +117,11 @@ def test_the_targets_are_those_of_the_conversion(disjoint: bool) -> None:
     """A step of the router alone shows the loss that the targets of :mod:`moecompile.teaching` give."""
     dense, moe = pair(disjoint)
     rows = batches(1)[0]
-    targets = router_targets(moe, dense, [{"input_ids": rows}])
+    targets = router_targets(moe, dense, [{"input_ids": rows}], target="amplitude" if disjoint else "overlap")
     scores, _ = decide(moe, {"input_ids": rows})
-    expected = front_loss(scores, targets.overlap.flatten(0, 1).float())
+    expected = front_loss(scores, targets.overlap.flatten(0, 1).float(), 2)
     done = moecompile.tune(moe, dense, [rows], TuneConfig(stages=("router", "experts"), rounds=1), steps=2)
-    assert done.curve[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert done.curve[0]["loss"] == pytest.approx(float(expected), rel=1e-3)  # amplitudes are kept in 16 bits
     assert "kl" not in done.curve[0] and done.curve[1]["kl"] > 0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..balancing import balance
 from ..conversion import Conversion, convert_with_record
-from ..distil import Distillation
+from ..distil import TARGETS, Distillation
 from ..errors import InputError
 from ..files import check_new_folder
 from ..hub import check_positions, load_dense, local_path, stored_dtype
@@ -79,6 +79,12 @@ def add(commands: Any) -> None:
     sub.add_argument("--ranking", choices=("activation", "output"), help="recipe read-me: neurons by |a|, or by |a| |w|")
     sub.add_argument("--own-table", action="store_const", const=True, help="recipe read-me: the router's own embedding table")
     sub.add_argument(
+        "--router-target",
+        choices=TARGETS,
+        help="recipe read-me: what the router learns, the paper's overlaps or, disjoint, which experts matter most "
+        "(default: overlap, disjoint: amplitude)",
+    )
+    sub.add_argument(
         "--router-steps", type=int, metavar="N", help="recipe read-me: training steps of the router (default: 100)"
     )
     sub.add_argument(
@@ -139,7 +145,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 _SETTINGS = (
     "experts", "shared", "top_k", "active_fraction", "budget", "compensation", "plain_statistics", "disjoint", "ranking",
-    "own_table", "scores", "rank", "markers",
+    "own_table", "router_target", "scores", "rank", "markers",
 )  # fmt: skip
 
 

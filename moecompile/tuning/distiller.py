@@ -5,8 +5,8 @@
 
 s_l, t_l are the residual streams behind layer l. L_router is a logistic loss of the routers' centred scores against the experts
 that matter most in the dense model, each weighted by how far its amplitude is from the threshold: a choice that is nearly a tie
-costs nearly nothing. For a router at the front it is Read-ME's: KL(softmax of the experts' overlaps with the dense model's
-active neurons || softmax of the scores), :mod:`moecompile.distil`.
+costs nearly nothing (:mod:`moecompile.choice`). For a router at the front with aligned ids it is Read-ME's: KL(softmax of the
+experts' overlaps with the dense model's active neurons || softmax of the scores), :mod:`moecompile.distil`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..choice import oracle_loss
 from ..distil import Distillation, loss_of, probabilities, statistics
 from ..front import front_of
 from .config import TuneConfig
@@ -86,8 +87,8 @@ class Distiller(nn.Module):
             if path in targets.amplitudes
         ]
         router = torch.stack(routers).mean() if routers else zero
-        if targets.overlap is not None and self._inside.front is not None:
-            router = front_loss(self._inside.front[real], targets.overlap[real])
+        if targets.front is not None and self._inside.front is not None:
+            router = front_loss(self._inside.front[real], targets.front[real], max(self._top_k.values()))
         self._inside.clear()
         loss = main + self.config.layer_weight * layer + self.config.oracle_weight * router
         return torch.stack([loss, kl, label, layer.detach(), router.detach()])
@@ -97,19 +98,19 @@ class Distiller(nn.Module):
         assert front is not None
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            overlap = self.teacher.overlap(inputs)
+            wanted = self.teacher.front(inputs)
             scores = front.router(front.tokens(self.student, ids), mask)
         real = slice(None) if mask is None else mask.bool().flatten()
-        loss = front_loss(scores[real], overlap[real])
+        loss = front_loss(scores[real], wanted[real], max(self._top_k.values()))
         zero = loss.new_zeros(())
         return torch.stack([loss, zero, zero, zero, loss.detach()])
 
 
-def front_loss(scores: Tensor, overlap: Tensor) -> Tensor:
-    """KL(target || softmax(scores)) of a router at the front, in nats: scores and overlaps (T, N) or (T, L, N)."""
-    options = Distillation()
-    mean, scale = statistics(overlap[None])
-    wanted = probabilities(overlap, options, mean.to(overlap.device), scale)
+def front_loss(scores: Tensor, targets: Tensor, top_k: int) -> Tensor:
+    """Of a router at the front: (T, N) scores and overlaps of aligned experts, or (T, L, N) scores and amplitudes."""
+    options = Distillation(target="overlap" if scores.dim() == 2 else "amplitude", top_k=top_k)
+    mean, scale = statistics(targets[None])
+    wanted = probabilities(targets, options, mean.to(targets.device), scale)
     return loss_of(scores, wanted, options)
 
 
@@ -120,13 +121,3 @@ def next_words(inputs: Mapping[str, Tensor]) -> Tensor:
     following = torch.full_like(ids, -1)
     following[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], -1)
     return following[mask]
-
-
-def oracle_loss(centred: Tensor, amplitudes: Tensor, k: int) -> Tensor:
-    """Logistic loss of centred scores (T, N) against the k experts of largest amplitude (T, N)."""
-    best = amplitudes.topk(k + 1, dim=-1).values
-    threshold = 0.5 * (best[:, k - 1 : k] + best[:, k : k + 1])
-    margin = amplitudes - threshold
-    weight = margin.abs() / amplitudes.mean(-1, keepdim=True).clamp_min(1e-12)
-    each = nn.functional.binary_cross_entropy_with_logits(centred.float(), (margin > 0).float(), reduction="none")
-    return (weight * each).mean()

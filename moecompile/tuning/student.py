@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..apply import moe_blocks
 from ..block import MoEFFN
+from ..choice import centred_scores
 from ..errors import InputError
 from ..front import PreGate, front_of
 from ..pregate import RoutingPlan
@@ -41,13 +42,6 @@ def layer_path(block: str) -> str:
         if part.isdigit():
             return ".".join(parts[: index + 1])
     return block
-
-
-def centred_scores(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """((..., k) chosen experts, (..., N) scores minus the threshold over the spread); 0 < k < N."""
-    best, ids = torch.topk(scores, k + 1, dim=-1)
-    threshold = 0.5 * (best[..., k - 1 : k] + best[..., k : k + 1]).detach()
-    return ids[..., :k], (scores - threshold) / scores.detach().std(-1, keepdim=True).clamp_min(1e-6)
 
 
 class Inside:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..apply import moe_blocks
-from ..distil import Distillation, membership, overlaps
+from ..distil import Distillation, amplitudes, membership, overlaps
 from ..errors import InputError
 from ..front import decided
 from ..plans import MoEPlan, SitePlan
@@ -32,15 +32,15 @@ class Targets:
         ids, logp: (T, k) the teacher's likeliest words and their log-probabilities.
         layers: layer path -> (T, D) output.
         amplitudes: block path -> (T, N) sqrt(sum_{j in e} (h_j - mean_j)^2 |w_j|^2), how much each expert matters.
-        overlap: (T, N) or (T, L, N), how many of each expert's neurons are among the active half: what a router at the front
-            learns.
+        front: what a router at the front learns: (T, N), how many of each expert's neurons are among the active half, or
+            (T, L, N), how much each matters.
     """
 
     ids: Tensor
     logp: Tensor
     layers: Mapping[str, Tensor] = field(default_factory=dict)
     amplitudes: Mapping[str, Tensor] = field(default_factory=dict)
-    overlap: Tensor | None = None
+    front: Tensor | None = None
 
 
 def head_of(model: nn.Module, dtype: torch.dtype) -> Head:
@@ -127,8 +127,7 @@ class Teacher(nn.Module):
         plan: how the student was made from it.
         top: how many logits of each position are kept.
         layers: whether the layers' outputs are wanted.
-        oracle: whether what the routers are to choose is wanted with each batch: the experts' amplitudes, or the overlaps for a
-            router at the front.
+        oracle: whether what the routers are to choose is wanted with each batch.
     """
 
     def __init__(self, dense: nn.Module, plan: MoEPlan, top: int, layers: bool, oracle: bool) -> None:
@@ -137,7 +136,7 @@ class Teacher(nn.Module):
         self.top = top
         self._inside = Inside()
         self._amplitudes: dict[str, Tensor] = {}
-        self._overlaps: list[Tensor] = []
+        self._front: list[Tensor] = []
         self._oracle = self._counting = oracle
         self._aligned = plan.pregate is not None and plan.pregate.groups == 1
         self._hooks: list[Any] = []
@@ -146,7 +145,7 @@ class Teacher(nn.Module):
             self._hooks += watch_layers(dense, list(dict.fromkeys(map(layer_path, paths))), self._inside)
         for site in plan.sites:
             if plan.pregate is not None:
-                self._watch_overlaps(site)
+                self._watch_for_front(site)
             elif oracle:
                 self._watch_neurons(site)
 
@@ -154,14 +153,19 @@ class Teacher(nn.Module):
         name = site.site.down.weight.rpartition(".")[0]
         self._hooks.append(self.dense.get_submodule(name).register_forward_pre_hook(measure))
 
-    def _watch_overlaps(self, site: SitePlan) -> None:
-        """Count each expert's neurons among the active ones, as the router at the front was taught by."""
+    def _watch_for_front(self, site: SitePlan) -> None:
+        """What the router at the front was taught by: overlaps of aligned experts, amplitudes of those of a layer."""
         member = membership(site.choosable, site.site.intermediate_size)
 
         def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if self._counting:
                 h = inputs[0].reshape(-1, inputs[0].shape[-1])  # [T, F]
-                self._overlaps.append(overlaps(h, member.to(h.device), Distillation().active))
+                if self._aligned:
+                    self._front.append(overlaps(h, member.to(h.device), Distillation().active))
+                else:
+                    weight: Tensor = module.weight  # type: ignore[assignment]
+                    down = weight.t() if site.site.down.transposed else weight  # [D, F]
+                    self._front.append(amplitudes(h, down, member.to(h.device)))
 
         self._watch_down(site, measure)
 
@@ -192,28 +196,28 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor], dtype: torch.dtype, positions: slice = slice(None)) -> Targets:
         """The targets of a batch; the distribution only at some of the positions that are not padding."""
-        self._amplitudes, self._overlaps = {}, []
+        self._amplitudes, self._front = {}, []
         with self._inside.collecting():
             hidden = hidden_states(self.dense, inputs)
         rows = unpadded(hidden, inputs)[positions]
         ids, logp = top_log_probabilities(rows, head_of(self.dense, dtype), self.top)
         layers = {path: value.flatten(0, -2) for path, value in self._inside.layers.items()}
         self._inside.clear()
-        amplitudes, self._amplitudes = self._amplitudes, {}
-        return Targets(ids, logp, layers, amplitudes, self._overlap())
+        own, self._amplitudes = self._amplitudes, {}
+        return Targets(ids, logp, layers, own, self._front_targets())
 
     @torch.no_grad()
-    def overlap(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(T, N) or (T, L, N): the targets of a router at the front alone, without the head."""
-        self._overlaps, self._counting = [], True
+    def front(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The targets of a router at the front alone, without the head."""
+        self._front, self._counting = [], True
         hidden_states(self.dense, inputs)
         self._counting = self._oracle
-        found = self._overlap()
+        found = self._front_targets()
         assert found is not None
         return found
 
-    def _overlap(self) -> Tensor | None:
-        parts, self._overlaps = self._overlaps, []
+    def _front_targets(self) -> Tensor | None:
+        parts, self._front = self._front, []
         if not parts:
             return None
         return torch.stack(parts).sum(0) if self._aligned else torch.stack(parts, dim=1)
