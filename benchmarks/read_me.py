@@ -70,8 +70,11 @@ VARIANTS = {
     "disjoint-48": Variant(
         "read-me, disjoint 48", ("--recipe", "read-me", "--disjoint", "--experts", "48", "--shared", "16", "--top-k", "15")
     ),
-    "aligned-target": Variant(
-        "read-me, aligned, and the router's target", ALIGNED, tune=("--oracle-weight", "1"), start="aligned"
+    "aligned-straight": Variant(
+        "read-me, aligned, router by straight-through",
+        ALIGNED,
+        tune=("--front-straight-through", "--front-weight", "0"),
+        start="aligned",
     ),
     "aligned-rounds": Variant("read-me, aligned, 2 rounds", ALIGNED, tune=("--rounds", "2"), start="aligned"),
 }

@@ -71,7 +71,7 @@ def kl(moe: Any, dense: Any, rows: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("disjoint", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"oracle_weight": 1.0}, {"rounds": 3}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"front_straight_through": True}, {"rounds": 3}], ids=str)
 def test_tuning_recovers_and_copies_stay_equal(disjoint: bool, changes: dict[str, Any]) -> None:
     dense, moe = pair(disjoint)
     seen = batches(4)
@@ -97,7 +97,7 @@ def test_the_loss_shown_is_the_real_kl(disjoint: bool) -> None:
 
 
 @pytest.mark.parametrize("disjoint", [False, True])
-@pytest.mark.parametrize("source", ["straight_through", "oracle"])
+@pytest.mark.parametrize("source", ["straight_through", "distillation"])
 def test_the_front_learns_from_either_source_and_from_nothing_else(disjoint: bool, source: str) -> None:
     def moved(config: TuneConfig) -> set[str]:
         dense, moe = pair(disjoint)
@@ -106,9 +106,9 @@ def test_the_front_learns_from_either_source_and_from_nothing_else(disjoint: boo
         return {name for name, p in moe.named_parameters() if not torch.equal(p, before[name])}
 
     straight = source == "straight_through"
-    own = moved(TuneConfig(stages=("router",), straight_through=straight, oracle_weight=0.0 if straight else 1.0))
+    own = moved(TuneConfig(stages=("router",), front_straight_through=straight, front_weight=0.0 if straight else 1.0))
     assert "pregate.router.head.weight" in own and all(name.startswith("pregate.router.") for name in own)
-    others = moved(TuneConfig(stages=("router", "experts"), straight_through=False))
+    others = moved(TuneConfig(stages=("router", "experts"), front_weight=0.0))
     assert others and not any(name.startswith("pregate.") for name in others)
 
 

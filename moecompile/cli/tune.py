@@ -69,7 +69,8 @@ def add(commands: Any) -> None:
         ("clip", float, "largest norm of the gradients"),
         ("label_weight", float, "weight of the text's own next words beside the logits' KL"),
         ("layer_weight", float, "weight of the layers' relative error beside the logits' KL"),
-        ("oracle_weight", float, "weight of the routers' loss against the oracle choice"),
+        ("oracle_weight", float, "weight of the layers' routers' loss against the oracle choice"),
+        ("front_weight", float, "weight of the distillation of a router at the front"),
         ("top_logits", int, "the teacher's largest logits that are matched one by one"),
         ("kl_stride", int, "match the logits at every n-th position alone: less work with the head"),
         ("lora_rank", int, "train low-rank updates of the experts' matrices; 0: the matrices"),
@@ -80,6 +81,9 @@ def add(commands: Any) -> None:
         sub.add_argument(flag, type=kind, default=default, metavar="X", help=f"{text} (default: {default})")
     sub.add_argument(
         "--no-straight-through", action="store_true", help="no gradient to the routers through the experts' weights"
+    )
+    sub.add_argument(
+        "--front-straight-through", action="store_true", help="such a gradient to a router at the front too: it may collapse"
     )
     sub.add_argument("--gradient-checkpointing", action="store_true", help="less memory: compute each layer twice")
     sub.add_argument(
@@ -110,12 +114,14 @@ def config_of(options: argparse.Namespace) -> TuneConfig:
         "label_weight",
         "layer_weight",
         "oracle_weight",
+        "front_weight",
         "top_logits",
     )
     config = TuneConfig(
         stages=tuple(part.strip() for part in options.stage.split(",") if part.strip()),
         **{name: getattr(options, name) for name in (*same, "kl_stride", "lora_rank", "save_every", "precision", "seed")},
         straight_through=not options.no_straight_through,
+        front_straight_through=options.front_straight_through,
         checkpointing=options.gradient_checkpointing,
     )
     config.check()

@@ -44,9 +44,11 @@ class TuneConfig:
         clip: largest norm of all gradients together.
         label_weight: weight of the text's own next words (cross-entropy, nats) beside the KL of the logits (0: none).
         layer_weight: weight of the layer-wise error beside the KL of the logits (0: none).
-        oracle_weight: weight of the routers' loss against the oracle choice (0: none); for a router at the front Read-ME's
-            KL(softmax of the experts' overlaps with the active neurons || softmax of the scores).
-        straight_through: whether routers get a gradient through the chosen experts' weights.
+        oracle_weight: weight of the loss of the layers' routers against the oracle choice (0: none).
+        front_weight: weight of the distillation of a router at the front (:mod:`moecompile.distil`).
+        straight_through: whether the layers' routers get a gradient through the chosen experts' weights.
+        front_straight_through: the same for a router at the front. Off: SmolLM2-135M's with five aligned experts chose one of
+            them for 98 to 100 % of the tokens of every domain after 24 steps.
         top_logits: how many of the teacher's largest logits are matched one by one; the rest is matched as one class.
         kl_stride: the distributions are matched at every n-th position alone, another residue in each step. The head is a third
             of a small model's work, and the layers' errors are matched everywhere.
@@ -72,7 +74,9 @@ class TuneConfig:
     label_weight: float = 0.0
     layer_weight: float = 1.0
     oracle_weight: float = 0.0
+    front_weight: float = 1.0
     straight_through: bool = True
+    front_straight_through: bool = False
     top_logits: int = 128
     kl_stride: int = 1
     lora_rank: int = 0
@@ -96,7 +100,7 @@ class TuneConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-        for name in ("weight_decay", "label_weight", "layer_weight", "oracle_weight", "lora_rank", "rounds"):
+        for name in ("weight_decay", "label_weight", "layer_weight", "oracle_weight", "front_weight", "lora_rank", "rounds"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it cannot be negative")

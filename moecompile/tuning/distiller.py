@@ -1,7 +1,7 @@
 """Student, teacher and their losses as one module, so that a single forward call is everything that is sharded or recomputed.
 
     loss = KL(teacher || student) + label_weight * (-log student(next word))
-           + layer_weight * mean over layers of |s_l - t_l|^2 / |t_l|^2 + oracle_weight * L_router
+           + layer_weight * mean over layers of |s_l - t_l|^2 / |t_l|^2 + (oracle_weight or front_weight) * L_router
 
 s_l, t_l are the residual streams behind layer l. L_router is a logistic loss of the routers' centred scores against the experts
 that matter most in the dense model, each weighted by how far its amplitude is from the threshold: a choice that is nearly a tie
@@ -90,7 +90,8 @@ class Distiller(nn.Module):
         if targets.front is not None and self._inside.front is not None:
             router = front_loss(self._inside.front[real], targets.front[real], max(self._top_k.values()))
         self._inside.clear()
-        loss = main + self.config.layer_weight * layer + self.config.oracle_weight * router
+        weight = self.config.oracle_weight if targets.front is None else self.config.front_weight
+        loss = main + self.config.layer_weight * layer + weight * router
         return torch.stack([loss, kl, label, layer.detach(), router.detach()])
 
     def _front_alone(self, inputs: Mapping[str, Tensor]) -> Tensor:

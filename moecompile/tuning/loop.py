@@ -145,7 +145,11 @@ class _Run:
         blocks = moe_blocks(student)
         self.undo = ready_for_training(student, config, self.inside)
         plan = moe.moecompile_plan  # type: ignore[union-attr]
-        self.teacher = Teacher(teacher_model, plan, config.top_logits, config.layer_weight > 0, config.oracle_weight > 0)  # type: ignore[arg-type]
+        self.front = front_of(student) is not None
+        oracle = config.oracle_weight > 0
+        if self.front:  # in rounds its targets are asked for when it is its turn
+            oracle = "router" in config.stages and config.front_weight > 0 and not config.rounds
+        self.teacher = Teacher(teacher_model, plan, config.top_logits, config.layer_weight > 0, oracle)  # type: ignore[arg-type]
         top_k = {path: block.top_k for path, block in blocks.items()}
         dtype = config.dtype(device)
         self.undo_attention = use_blocks(student, teacher_model)
@@ -157,7 +161,6 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=count == 1)
         self.main = rank == 0
         self.tied = any(block.neuron is not None for block in blocks.values())
-        self.front = front_of(student) is not None
         if self.tied and count > 1:
             raise InputError("experts that overlap are tuned by one process: a neuron's copies may lie on several")
 

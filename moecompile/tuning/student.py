@@ -105,7 +105,7 @@ def ready_for_training(model: nn.Module, config: TuneConfig, inside: Inside) -> 
             replace(block.router, functools.partial(_route, block.router, config.straight_through, inside, path))
     front = front_of(model)
     if front is not None:
-        replace(front, functools.partial(_decide, front, config.straight_through, inside), "_plan")
+        replace(front, functools.partial(_decide, front, config.front_straight_through, inside), "_plan")
         replace(front, lambda _model: None, "end")  # layers that are computed again in the backward pass read the plan
     hooks = watch_layers(model, list(dict.fromkeys(layer_path(path) for path in blocks)), inside)
     if config.checkpointing:
