@@ -25,7 +25,7 @@ from moecompile import lowered
 from moecompile.apply import build_blocks, install
 from moecompile.capture import capture
 from moecompile.checkpoint import adopt
-from moecompile.distil import Distillation, Targets, agreement, collect_targets, distil, membership, statistics
+from moecompile.distil import Distillation, agreement, distil, statistics
 from moecompile.front import RouterLayer
 from moecompile.hub import load_dense, load_tokenizer
 from moecompile.match import match
@@ -35,6 +35,7 @@ from moecompile.progress import Progress
 from moecompile.recipes import ReadMe
 from moecompile.recipes.base import Context
 from moecompile.recipes.read_me import _aligned_sites, embedder
+from moecompile.targets import Targets, collect_targets, membership
 from moecompile.text import read_text, token_ids, windows
 
 ROOT = Path(__file__).resolve().parent.parent

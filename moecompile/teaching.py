@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from .conversion import find_ffns, matches_of
-from .distil import Distillation, Targets, collect_targets, distil, membership
+from .distil import Distillation, distil
 from .errors import InputError
 from .front import front_of
 from .parity import evaluating
 from .plans import MoEPlan
 from .progress import Progress
 from .recipes.read_me import embedder
+from .targets import Targets, collect_targets, membership
 
 
 def router_targets(

@@ -14,11 +14,12 @@ from conftest import corpus
 import moecompile
 from moecompile import InputError, MatchError, PlanError
 from moecompile.cli import main
-from moecompile.distil import Distillation, membership
+from moecompile.distil import Distillation
 from moecompile.front import decide
 from moecompile.recipes import ReadMe
 from moecompile.recipes.domains import domain_experts
 from moecompile.sites import DenseFFN
+from moecompile.targets import membership
 
 SMALL: dict[str, Any] = {"router_width": 32, "router_heads": 2, "router_mlp": 32}
 QUICK = Distillation(steps=60, batch=4, lr=3e-3)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..balancing import balance
 from ..conversion import Conversion, convert_with_record
-from ..distil import TARGETS, Distillation
+from ..distil import Distillation
 from ..errors import InputError
 from ..files import check_new_folder
 from ..hub import check_positions, load_dense, local_path, stored_dtype
 from ..recipes import RECIPES, ReadMe, Recipe
 from ..recipes.survey import BUDGETS
+from ..targets import TARGETS
 from ..text import calibration_windows
 from ..version import __version__
 from . import command

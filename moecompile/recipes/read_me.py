@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..apply import build_block
-from ..distil import Distillation, collect_targets, distil, membership
+from ..distil import Distillation, distil
 from ..errors import InputError, MatchError, PlanError
 from ..front import refusal
 from ..plans import BIAS, DOWN, MEANS, MoEPlan, SitePlan
 from ..pregate import PreGateSpec, PreGatingRouter
 from ..sites import DenseFFN
 from ..stream import Stream
+from ..targets import collect_targets, membership
 from .base import Context, Recipe, check_counts, check_fraction, planner
 from .calibrated import clipped, masked_outputs
 from .domains import RANKINGS, domain_experts, domain_strengths

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..apply import moe_blocks
-from ..distil import Distillation, amplitudes, membership, overlaps
+from ..distil import Distillation
 from ..errors import InputError
 from ..front import decided
 from ..plans import MoEPlan, SitePlan
+from ..targets import amplitudes, membership, overlaps
 from .config import TuneConfig
 from .loss import Head, top_log_probabilities
 from .parallel import mean
