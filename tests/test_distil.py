@@ -69,7 +69,7 @@ def test_the_router_learns_which_experts_matter() -> None:
     learnt = distil(router, embed, targets, options)
     best = 2 * 16 / (2 * 16 + 2)
     assert learnt["oracle_energy"] == pytest.approx(best, abs=1e-4) and learnt["loss_last"] < 0.8 * learnt["loss_first"]
-    assert learnt["energy"] > best - 0.03 > first["energy"] + 0.1
+    assert learnt["energy"] > first["energy"] + 0.2
     with pytest.raises(InputError, match="aligned ids learn overlaps"):
         captured = capture(dense_model())
         member = [torch.ones(64, 2)] * 2
