@@ -55,6 +55,7 @@ class Variant:
 # Active fractions count the router: 2.35 % of SmolLM2-135M's FFN for read-me aligned, 4.2 % for 96 experts and a decision per
 # layer, 3.3 % for 48, 2.1 % for calibrated's 30 linear routers. The static models get the largest share of all.
 ALIGNED = ("--recipe", "read-me", "--active-fraction", "0.5")
+VARIANCE = (*ALIGNED, "--ranking", "variance")
 VARIANTS = {
     "dense": Variant("dense", ("--recipe", "static", "--active-fraction", "1"), PLAIN),
     "static": Variant("static", ("--recipe", "static", "--active-fraction", "0.525", "--compensation", "refit"), PLAIN),
@@ -63,7 +64,7 @@ VARIANTS = {
         "calibrated, layer-wise", ("--recipe", "calibrated", "--experts", "96", "--shared", "32", "--top-k", "32")
     ),
     "aligned": Variant("read-me, aligned", ALIGNED),
-    "aligned-output": Variant("read-me, aligned, ranked by output", (*ALIGNED, "--ranking", "output")),
+    "aligned-variance": Variant("read-me, aligned, ranked by variance", VARIANCE),
     "disjoint": Variant(
         "read-me, disjoint 96", ("--recipe", "read-me", "--disjoint", "--experts", "96", "--shared", "32", "--top-k", "29")
     ),
@@ -76,7 +77,9 @@ VARIANTS = {
         tune=("--front-straight-through", "--front-weight", "0"),
         start="aligned",
     ),
-    "aligned-rounds": Variant("read-me, aligned, 2 rounds", ALIGNED, tune=("--rounds", "2"), start="aligned"),
+    "aligned-rounds": Variant(
+        "read-me, aligned, by variance, 2 rounds", VARIANCE, tune=("--rounds", "2"), start="aligned-variance"
+    ),
 }
 
 

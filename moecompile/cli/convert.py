@@ -77,7 +77,11 @@ def add(commands: Any) -> None:
         const=True,
         help="recipe read-me: finer experts that do not overlap, and a decision for each layer, in place of one per text file",
     )
-    sub.add_argument("--ranking", choices=("activation", "output"), help="recipe read-me: neurons by |a|, or by |a| |w|")
+    sub.add_argument(
+        "--ranking",
+        choices=("activation", "output", "variance"),
+        help="recipe read-me: neurons by mean |a| (the paper's), by mean |a| |w|, or by the variance of a, times |w|^2",
+    )
     sub.add_argument("--own-table", action="store_const", const=True, help="recipe read-me: the router's own embedding table")
     sub.add_argument(
         "--router-target",

@@ -43,7 +43,8 @@ class ReadMe(Recipe):
         active_fraction: aligned: share of a layer's neurons that work for a domain, the shared ones included.
         disjoint: finer experts that do not overlap, and a decision for each layer.
         experts, shared, top_k: disjoint: N, S and K, equal slices of the dense width (default 48, 16, 16).
-        ranking: aligned: neurons by mean |a_j| (``activation``, the paper's) or by mean |a_j| |w_j| (``output``).
+        ranking: aligned: which neurons are a domain's, by ``activation`` (the paper's), ``output`` or ``variance``
+            (:func:`.domains.domain_strengths`).
         compensation: ``none`` (the paper's), ``means``, or ``refit``, for what idle neurons gave.
         sinks: aligned: neurons that attention sinks need belong to every domain.
         router_width, router_heads, router_mlp: the router's sizes.
