@@ -186,6 +186,7 @@ def row(options: argparse.Namespace, name: str, tuned: bool, folder: Path) -> No
     for part in ("tokens_per_second", "peak_rss_bytes"):
         if part in mark["result"]:
             figures[part] = mark["result"][part]
+    record = read(options.output)  # again: another process may have measured meanwhile
     record["rows"].append(figures)
     record |= {"model": Path(options.model).name, "domains": [Path(path).name for path in options.domains]}
     record |= {"threads": os.environ.get("OMP_NUM_THREADS", ""), "windows": options.windows, "text": Path(options.text).name}
