@@ -1,5 +1,6 @@
 """What a pre-gating router learns on a real model: agreement with the oracle, locality, its share of the decode time.
 
+    python benchmarks/pregate.py --dispatch      # only how long deciding and dispatching take
     python benchmarks/pregate.py [--domains TEXT...] [--windows 16] [--steps 120] [--output benchmarks/results/pregate.json]
 
 Domain experts (read-me, aligned) are made of the first seven eighths of each text; the router is distilled there, once for each
@@ -13,24 +14,28 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moecompile import lowered
 from moecompile.apply import build_blocks, install
 from moecompile.capture import capture
 from moecompile.checkpoint import adopt
-from moecompile.distil import Distillation, Targets, agreement, collect_targets, distil, statistics
+from moecompile.distil import Distillation, agreement, distil, statistics
+from moecompile.front import RouterLayer
 from moecompile.hub import load_dense, load_tokenizer
 from moecompile.match import match
 from moecompile.plans import MoEPlan
-from moecompile.pregate import PreGateSpec, PreGatingRouter
+from moecompile.pregate import PreGateSpec, PreGatingRouter, positions_of
 from moecompile.progress import Progress
 from moecompile.recipes import ReadMe
 from moecompile.recipes.base import Context
-from moecompile.recipes.domains import membership
 from moecompile.recipes.read_me import _aligned_sites, embedder
+from moecompile.targets import Targets, collect_targets, membership
 from moecompile.text import read_text, token_ids, windows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +61,13 @@ def main() -> None:
     parser.add_argument("--variants", type=int, default=len(VARIANTS), help="how many of the variants")
     parser.add_argument("--active-fraction", type=float, default=0.5)
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "pregate.json"))
+    parser.add_argument("--dispatch", action="store_true", help="only time deciding and dispatching (no model is needed)")
     options = parser.parse_args()
+    if options.dispatch:
+        found = json.loads(Path(options.output).read_text(encoding="utf-8")) if Path(options.output).exists() else {}
+        rows = dispatch_times(30, 576)  # SmolLM2-135M
+        write(options.output, {**found, "dispatch": {"threads": torch.get_num_threads(), "rows": rows}})
+        return
     if options.model is None:
         from fetch_model import fetch
 
@@ -160,6 +171,85 @@ def decode_share(model: Any, sites: Any, spec: PreGateSpec) -> dict[str, float]:
         whole.append(time.perf_counter() - begin)
     router, step = sorted(spent)[15], sorted(whole)[15]
     return {"router_seconds": router, "step_seconds": step, "router_share": round(router / step, 5)}
+
+
+@torch.no_grad()
+def dispatch_times(layers: int, width: int, repeats: int = 60) -> list[dict[str, Any]]:
+    """How long deciding and dispatching take in one step: routers and permutations of the layers, or of the front.
+
+    The operators are those that the compiled graphs call (``lowered.route``, ``lowered.dispatch_op``) and the router of
+    :mod:`moecompile.pregate` in eager mode, on random inputs of the model's shapes in float32; medians. Decoding stands behind
+    256 tokens, prefill is one window of 512.
+
+    Args:
+        layers: L.
+        width: D, of the hidden states and the embeddings.
+        repeats: of each measurement.
+    """
+    apart = "the same experts, a router and a dispatch per layer"
+    rows = []
+    for name, experts, top_k, front, aligned in (
+        ("aligned, hoisted", 5, 1, True, True),
+        (apart, 5, 1, False, False),
+        ("disjoint, hoisted", 96, 32, True, False),
+        (apart, 96, 32, False, False),
+    ):
+        for phase, tokens, past in (("decode", 1, 256), ("prefill", 512, 0)):
+            decide = at_front(layers, width, experts, top_k, aligned, tokens, past)
+            if not front:
+                decide = per_layer(layers, width, experts, top_k, tokens)
+            parts = decide()
+            permute = partial(permuted, parts, experts)
+            found = {"what": name, "experts": experts, "top_k": top_k, "phase": phase, "tokens": tokens}
+            found |= {"dispatches": len(parts), "decide_microseconds": round(median(decide, repeats) * 1e6, 1)}
+            rows.append({**found, "dispatch_microseconds": round(median(permute, repeats) * 1e6, 1)})
+            say(json.dumps(rows[-1]))
+    return rows
+
+
+def at_front(
+    layers: int, width: int, experts: int, top_k: int, aligned: bool, tokens: int, past: int
+) -> Callable[[], list[torch.Tensor]]:
+    """One router for all layers: a function that gives the different ids (T, K), one or L of them."""
+    torch.manual_seed(0)
+    router = PreGatingRouter(PreGateSpec(experts, width, groups=1 if aligned else layers)).eval()
+    x, cache = torch.randn(1, tokens, width), RouterLayer()
+    if past:
+        before = positions_of(1, past, 0, past, None, None, x.device)
+        router.hidden(torch.randn(1, past, width), before, cache)
+
+    def decide() -> list[torch.Tensor]:
+        positions = positions_of(1, tokens, past, past + tokens, None, None, x.device)
+        scores = router.scores(router.hidden(x, positions, cache if past else None))
+        if past:
+            cache.crop(-tokens)
+        ids = torch.topk(scores, top_k, dim=-1).indices
+        return [ids] if aligned else list(ids.unbind(1))
+
+    return decide
+
+
+def per_layer(layers: int, width: int, experts: int, top_k: int, tokens: int) -> Callable[[], list[torch.Tensor]]:
+    """A linear router in each layer: a function that gives the ids (T, K) of each."""
+    torch.manual_seed(0)
+    weights, x = torch.randn(layers, experts, width) * width**-0.5, torch.randn(tokens, width)
+    return lambda: [lowered.route(x, w, None, top_k, "none", False)[0] for w in weights]
+
+
+def permuted(parts: list[torch.Tensor], experts: int) -> None:
+    """The dispatches of a step."""
+    for ids in parts:
+        lowered.dispatch_op(ids, experts)
+
+
+def median(work: Callable[[], Any], repeats: int) -> float:
+    """Seconds."""
+    taken = []
+    for _ in range(repeats + 5):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return sorted(taken[5:])[repeats // 2]
 
 
 def say(text: str) -> None:

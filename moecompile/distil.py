@@ -6,7 +6,10 @@ M0(t) holds the neurons that the dense model activates most on token t (the top 
 With aligned ids the overlaps of all layers are summed. Read-ME (arXiv 2410.19123), section 3.2. The router sees token t itself
 and what stands before it: at decode time the token is known before layer 0 runs, so the target is that of the same position.
 
-Targets are computed once and kept as 16-bit counts; training then reads embeddings and counts alone.
+With a decision per layer and several experts of many, ``target="amplitude"`` learns the choice itself (choice.py) from how much
+each expert matters, a_e = sqrt(sum_{j in e} (h_j - mean_j)^2 |w_j|^2), as the routers of the layers can.
+
+Targets are computed once and kept as 16-bit numbers; training then reads embeddings and targets alone.
 """
 
 from __future__ import annotations
@@ -22,17 +25,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .capture import Captured
+from .choice import captured_share, centred_scores, oracle_loss
 from .errors import InputError
 from .files import write_tensors
-from .match import Match
 from .pregate import PreGatingRouter
 from .progress import Progress
-from .sites import DenseFFN
-from .stream import Stream
-
-_CHUNK = 4096
-_MOST_BYTES = 2 << 30
+from .targets import TARGETS, Targets
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,9 @@ class Distillation:
         balance: weight of the load-balance term N * sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961).
         locality: weight of the mean squared difference between consecutive tokens' probabilities.
         held: share of the windows that is measured on and not trained on.
+        target: ``overlap`` (the paper's), or ``amplitude``: a logistic loss against the ``top_k`` experts that matter most, for
+            decisions per layer.
+        top_k: with ``amplitude``, how many experts are chosen.
     """
 
     steps: int = 100
@@ -65,6 +66,8 @@ class Distillation:
     balance: float = 0.0
     locality: float = 0.0
     held: float = 0.1
+    target: str = "overlap"
+    top_k: int = 1
 
     def check(self) -> None:
         """Refuse numbers that make no sense.
@@ -76,115 +79,14 @@ class Distillation:
             raise InputError(f"the router cannot be trained with these settings: {self}")
         if min(self.weight_decay, self.temperature, self.balance, self.locality) < 0:
             raise InputError(f"the router cannot be trained with negative weights: {self}")
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What a router is to learn.
-
-    Attributes:
-        ids: (W, S) token ids, windows without padding.
-        overlap: (W, S, N) int16 for aligned ids, or (W, S, L, N): neurons that each expert has in common with the active ones.
-    """
-
-    ids: Tensor
-    overlap: Tensor
-
-    def split(self, share: float, seed: int) -> tuple[Targets, Targets]:
-        """(kept, held out): a random share of the windows is held out, at least one where the share is above 0."""
-        count = min(len(self.ids) - 1, max(1, round(share * len(self.ids)))) if share and len(self.ids) > 1 else 0
-        order = torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(seed))
-        held, kept = order[:count].sort().values, order[count:].sort().values
-        return Targets(self.ids[kept], self.overlap[kept]), Targets(self.ids[held], self.overlap[held])
-
-
-@torch.no_grad()
-def collect_targets(
-    captured: Captured,
-    matches: Sequence[Match],
-    batches: Sequence[Any],
-    members: Sequence[Tensor],
-    *,
-    aligned: bool,
-    active: float = 0.5,
-    progress: Progress | None = None,
-) -> Targets:
-    """Run the dense model over batches, a few at a time, and count.
-
-    Args:
-        captured: the dense model.
-        matches: its FFNs.
-        batches: model inputs with ``input_ids`` (B, S), all of one length, without padding.
-        members: for each FFN (F, N), 1 where a neuron belongs to an expert.
-        aligned: sum over the layers.
-        active: share of the neurons that counts as activated.
-
-    Raises:
-        InputError: the batches are padded or of several lengths, or the counts would not fit into 2 GiB.
-    """
-    windows = [_windows(batch) for batch in batches]
-    lengths = {rows.shape[1] for rows in windows}
-    if len(lengths) != 1:
-        raise InputError(f"the router's training windows must have one length, not {sorted(lengths)}")
-    ids = torch.cat([rows.cpu() for rows in windows])
-    experts = members[0].shape[1]
-    shape = (len(ids), ids.shape[1], *(() if aligned else (len(members),)), experts)
-    if 2 * math.prod(shape) > _MOST_BYTES:
-        raise InputError(f"the router's targets for {ids.numel()} tokens would take more than 2 GiB; give fewer tokens")
-    overlap = torch.zeros(shape, dtype=torch.int16)
-    start = 0
-    progress = progress or Progress()
-    for group in progress.over(_grouped(batches, windows), "router targets"):
-        stream = Stream(captured, matches, group)
-        count = sum(len(_windows(batch)) for batch in group)
-        for number, (match, inputs) in enumerate(stream):
-            dense = DenseFFN.read(match.site, captured.module)
-            hidden = dense.hidden(stream.tokens(number, inputs))
-            counts = overlaps(hidden, members[number].to(hidden.device), active).cpu().view(count, ids.shape[1], experts)
-            into = overlap[start : start + count] if aligned else overlap[start : start + count, :, number]
-            into += counts.to(torch.int16)
-            if number + 1 < len(matches):
-                stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)), dense.output(hidden))  # type: ignore[misc]
-        start += count
-    return Targets(ids, overlap)
-
-
-def overlaps(hidden: Tensor, member: Tensor, active: float) -> Tensor:
-    """(T, F) activations and (F, N) membership -> (T, N) counts of the most active neurons in each expert."""
-    k = max(1, round(active * hidden.shape[1]))
-    parts = []
-    for part in hidden.split(_CHUNK):
-        strength = part.abs().float()
-        least = strength.kthvalue(strength.shape[1] - k + 1, dim=1, keepdim=True).values
-        parts.append((strength >= least).float() @ member.float())
-    return torch.cat(parts)
-
-
-def _windows(batch: Any) -> Tensor:
-    ids = batch.get("input_ids") if isinstance(batch, dict) else batch
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise InputError("the router reads token ids: calibration batches must hold input_ids (batch, length)")
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    if isinstance(mask, Tensor) and not bool(mask.all()):
-        raise InputError("the router is trained on windows without padding")
-    return ids
-
-
-def _grouped(batches: Sequence[Any], windows: Sequence[Tensor]) -> list[list[Any]]:
-    """Batches in groups of about :data:`_CHUNK` tokens: what one pass over the model holds."""
-    groups: list[list[Any]] = [[]]
-    tokens = 0
-    for batch, rows in zip(batches, windows, strict=True):
-        if groups[-1] and tokens + rows.numel() > _CHUNK:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(batch)
-        tokens += rows.numel()
-    return groups
+        if self.target not in TARGETS or self.top_k < 1:
+            raise InputError(f"the router's target is '{self.target}' of {self.top_k}; it can be {' or '.join(TARGETS)}")
 
 
 def probabilities(overlap: Tensor, options: Distillation, mean: Tensor, scale: float) -> Tensor:
-    """(..., N) counts -> (..., N) targets; ``mean`` (N,) or (L, N) and ``scale`` from :func:`statistics`."""
+    """(..., N) counts -> (..., N) targets; ``mean`` (N,) or (L, N) and ``scale`` from :func:`statistics`. Amplitudes stay."""
+    if options.target == "amplitude":
+        return overlap.float()
     z = overlap.float() - mean if options.centred else overlap.float()
     if options.temperature == 0:
         return nn.functional.one_hot(z.argmax(-1), z.shape[-1]).float()
@@ -275,11 +177,14 @@ def distil(
 
 
 def loss_of(scores: Tensor, wanted: Tensor, options: Distillation) -> Tensor:
-    """KL with the optional terms; scores and targets (B, S, N) or (B, S, L, N)."""
+    """KL, or the logistic loss of amplitudes, with the optional terms; scores and targets (B, S, N) or (B, S, L, N)."""
     log_q = scores.log_softmax(-1)
-    log_p = wanted.clamp_min(1e-9).log()
     q = log_q.exp()
-    loss = (q * (log_q - log_p) if options.reverse else wanted * (log_p - log_q)).sum(-1).mean()
+    if options.target == "amplitude":
+        loss = oracle_loss(centred_scores(scores, options.top_k)[1], wanted, options.top_k)
+    else:
+        log_p = wanted.clamp_min(1e-9).log()
+        loss = (q * (log_q - log_p) if options.reverse else wanted * (log_p - log_q)).sum(-1).mean()
     if options.balance:
         experts = scores.shape[-1]
         chosen = nn.functional.one_hot(scores.argmax(-1), experts).float().mean((0, 1))
@@ -304,17 +209,22 @@ def agreement(
 
     Returns:
         ``agreement`` (share of tokens, over all layers), ``constant_agreement`` (of the best constant choice),
-        ``same_as_previous`` and ``oracle_same_as_previous`` (share of consecutive tokens with the same expert), ``tokens``.
+        ``same_as_previous`` and ``oracle_same_as_previous`` (share of consecutive tokens with the same expert), ``tokens``; of
+        amplitudes also ``energy`` and ``oracle_energy``, what the chosen experts and the best ones have of their squares.
     """
     options = options or Distillation()
     mean = statistics(targets.overlap)[0] if mean is None else mean.cpu()
     device = next(router.parameters()).device
     hits = same = oracle_same = total = pairs = 0
+    energy = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(targets.overlap.shape[2:])
     was_training = router.training
     router.eval()
     for ids, overlap in zip(targets.ids.split(4), targets.overlap.split(4), strict=True):
-        chosen = router(embed(ids.to(device))).view(overlap.shape).argmax(-1).cpu()
+        scores = router(embed(ids.to(device))).view(overlap.shape).cpu()
+        chosen = scores.argmax(-1)
+        if options.target == "amplitude":
+            energy += torch.stack(captured_share(scores.topk(options.top_k, dim=-1).indices, overlap)).double()
         z = overlap.float() - mean.cpu() if options.centred else overlap.float()
         best = z.argmax(-1)
         counts += nn.functional.one_hot(best, overlap.shape[-1]).float().sum((0, 1))
@@ -324,7 +234,9 @@ def agreement(
         total += best.numel()
         pairs += best[:, 1:].numel()
     router.train(was_training)
+    shares = [round(float(value) / total, 5) for value in energy] if options.target == "amplitude" else []
     return {
+        **dict(zip(("energy", "oracle_energy"), shares, strict=False)),
         "agreement": round(hits / total, 5),
         "constant_agreement": round(float(counts.max(-1).values.sum()) / total, 5),
         "same_as_previous": round(same / max(pairs, 1), 5),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -213,6 +213,22 @@ def decide(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
     scores = front.router.scores(front._hidden(model, ids, mask, kwargs.get("position_ids"), None))
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.dim() != 2 else mask.bool()
     return scores, real.reshape(-1)
+
+
+@contextlib.contextmanager
+def decided(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """The decision for one batch stands within the block: for calling what a pre-gated model's own forward calls.
+
+    Without a router at the front nothing happens.
+    """
+    front = front_of(model)
+    if front is not None:
+        front.begin(model, dict(inputs), caches=False)
+    try:
+        yield
+    finally:
+        if front is not None:
+            front.end(model)
 
 
 @contextlib.contextmanager

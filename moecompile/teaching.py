@@ -11,19 +11,20 @@ import torch
 from torch import nn
 
 from .conversion import find_ffns, matches_of
-from .distil import Distillation, Targets, collect_targets, distil
+from .distil import Distillation, distil
 from .errors import InputError
 from .front import front_of
 from .parity import evaluating
 from .plans import MoEPlan
 from .progress import Progress
-from .recipes.domains import membership
 from .recipes.read_me import embedder
+from .targets import Targets, collect_targets, membership
 
 
 def router_targets(
-    moe: nn.Module, dense: nn.Module, batches: Iterable[Any], *, active: float = 0.5, progress: Progress | None = None
-) -> Targets:
+    moe: nn.Module, dense: nn.Module, batches: Iterable[Any], *, active: float = 0.5, target: str = "overlap",
+    progress: Progress | None = None,
+) -> Targets:  # fmt: skip
     """What the router at the front of ``moe`` is to learn on batches: which experts the dense model's neurons belong to.
 
     Args:
@@ -31,6 +32,7 @@ def router_targets(
         dense: the dense model it came from.
         batches: inputs with ``input_ids`` (B, S), all of one length, without padding.
         active: share of a layer's neurons that counts as activated.
+        target: as of :func:`moecompile.distil.collect_targets`.
 
     Raises:
         InputError: the model has no router at its front, or batches do not fit.
@@ -44,8 +46,9 @@ def router_targets(
     members = [membership(s.choosable, s.site.intermediate_size) for s in plan.sites]
     with evaluating(dense):
         return collect_targets(
-            captured, matches, list(batches), members, aligned=front.router.spec.groups == 1, active=active, progress=progress
-        )
+            captured, matches, list(batches), members, aligned=front.router.spec.groups == 1, active=active, target=target,
+            progress=progress,
+        )  # fmt: skip
 
 
 def distil_front(

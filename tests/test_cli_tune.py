@@ -197,3 +197,22 @@ def test_a_long_curve_is_thinned_to_means() -> None:
     rows = thinned(curve)
     assert len(rows) <= 400 and rows[-1]["tokens"] == 10010 and rows[0]["loss"] == pytest.approx(1 / 3, abs=1e-5)
     assert thinned(curve[:5])[3] == curve[3]
+    assert thinned([{"step": 1, "tokens": 2, "loss": 1.0}, {"step": 2, "tokens": 4, "loss": 3.0, "kl": 2.0}])[1]["kl"] == 2.0
+
+
+def test_rounds_of_a_read_me_folder(
+    original: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--recipe", "read-me", "--active-fraction", "0.6", "--router-steps", "2", "--calibration-window", "16"]
+    convert = ["convert", str(original / "dense"), str(tmp_path / "moe"), *options, "--calibration-tokens", "256", "--quiet"]
+    assert main([*convert, "--calibration", *map(str, texts)]) == 0
+    capsys.readouterr()
+    more = ("--json", "--rounds", 2, "--router-share", 0.3, "--front-rate", 1e-3, "--stage", "router,experts")
+    assert tune(tmp_path / "moe", texts, *more) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["config"]["rounds"] == 2 and result["perplexity_after"] != result["perplexity_before"]
+    curve = json.loads((tmp_path / "moe" / "moecompile.json").read_text())["tuning"][0]["curve"]
+    assert [number for number, row in enumerate(curve) if "kl" not in row] == [0, 1, 2, 10, 11, 12]
+    assert main(["report", str(tmp_path / "moe"), "--quiet"]) == 0
+    assert tune(tmp_path / "moe", texts, "--rounds", 11, "--quiet") == 2
+    assert "--rounds" in capsys.readouterr().err

@@ -16,19 +16,17 @@ from moecompile import InputError
 from moecompile.capture import capture
 from moecompile.distil import (
     Distillation,
-    Targets,
     agreement,
-    collect_targets,
     distil,
     loss_of,
-    overlaps,
     probabilities,
     statistics,
 )
 from moecompile.match import match
-from moecompile.pregate import PreGateSpec
+from moecompile.pregate import PreGateSpec, PreGatingRouter
 from moecompile.recipes import ReadMe
 from moecompile.sites import DenseFFN
+from moecompile.targets import Targets, amplitudes, collect_targets, overlaps
 from moecompile.teaching import distil_front, router_targets
 from moecompile.tied import largest_gap, sum_copies, tied_experts
 
@@ -51,6 +49,31 @@ def test_overlaps_by_hand() -> None:
     hidden = torch.tensor([[4.0, -3.0, 0.1, 0.2], [0.0, 1.0, -9.0, 0.5]])
     member = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
     assert overlaps(hidden, member, 0.5).tolist() == [[2.0, 1.0], [1.0, 2.0]]
+
+
+def test_amplitudes_by_hand() -> None:
+    hidden, down = torch.tensor([[3.0, 1.0, 0.0], [1.0, 1.0, 4.0]]), torch.tensor([[3.0, 5.0, 0.0], [4.0, 0.0, 2.0]])
+    member = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert amplitudes(hidden, down, member).tolist() == [[5.0, 4.0], [5.0, 4.0]]
+
+
+def test_the_router_learns_which_experts_matter() -> None:
+    """Two of four by amplitude, in each of two layers."""
+    ids = torch.randint(0, 40, (24, 10), generator=torch.Generator().manual_seed(1))
+    place = (ids[..., None, None] + torch.arange(2)[:, None] + torch.arange(4)) % 4  # [W, S, L, N]
+    targets = Targets(ids, torch.where(place < 2, 20_000, 5_000).to(torch.int16))
+    options = Distillation(steps=200, batch=8, lr=1e-2, target="amplitude", top_k=2)
+    torch.manual_seed(0)
+    router = PreGatingRouter(PreGateSpec(4, 8, groups=2, width=16, heads=2, mlp_width=16))
+    first = agreement(router, embed, targets, options)
+    learnt = distil(router, embed, targets, options)
+    best = 2 * 16 / (2 * 16 + 2)
+    assert learnt["oracle_energy"] == pytest.approx(best, abs=1e-4) and learnt["loss_last"] < 0.8 * learnt["loss_first"]
+    assert learnt["energy"] > first["energy"] + 0.2
+    with pytest.raises(InputError, match="aligned ids learn overlaps"):
+        captured = capture(dense_model())
+        member = [torch.ones(64, 2)] * 2
+        collect_targets(captured, match(captured).matches, [tokens(1, 4, 0)], member, aligned=True, target="amplitude")
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from compiling import calibrated, dense_model, tokens, without_inductor
+from compiling import calibrated, dense_model, plain, tokens, without_inductor
+from moecompile.passes.hoist_router import HoistRouter
 from moecompile.passes.nodes import meaning
 from pregating import pregated_model, pregated_plan
+from torch import Tensor
 
 import moecompile
 from moecompile import lowered
+from moecompile.capture import capture
+from moecompile.front import decide
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +25,29 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
+def by_hand(ids: Tensor, x: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
+    """A block's choice that was made before."""
+    return ids, torch.ones_like(ids, dtype=x.dtype)
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 @torch.no_grad()
 def test_the_same_numbers_all_the_way_down(aligned: bool) -> None:
-    """A layer-wise block with the plan put in by hand, the pre-gated model, its graph, and the lowered graph: to 1e-5."""
+    """Layer-wise with the plan put in by hand, pre-gated, the layer-wise graph hoisted, and lowered: to 1e-5 in float32."""
     model, ids = pregated_model(aligned=aligned), tokens(2, 11)
+    chosen = decide(model, {"input_ids": ids})[0].topk(2, dim=-1).indices  # [T, K] or [T, L, K]
+    layerwise = plain()
+    own = layerwise(input_ids=ids).logits
+    for number, block in enumerate(moecompile.moe_blocks(layerwise).values()):
+        block.choose = partial(by_hand, chosen if aligned else chosen[:, number])
+    expected = layerwise(input_ids=ids).logits
+    assert float((expected - own).abs().max()) > 1e-3  # the plan is another choice than the layers' own
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    hoisted = HoistRouter(model.pregate.router)(capture(plain()).graph_module).graph_module
+    out = hoisted(input_ids=ids)
+    torch.testing.assert_close(getattr(out, "logits", out), expected, rtol=1e-5, atol=1e-5)
     fast = without_inductor(moecompile.compile(model, fullgraph=True))
+    torch.testing.assert_close(fast(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fast(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     (record,) = moecompile.last_graphs(fast)
     assert all(layer["backend"] == "cpu" and layer["router"] == "outside" for layer in record.layers)

@@ -13,12 +13,18 @@ from conftest import corpus
 
 import moecompile
 from moecompile import InputError, MatchError, PlanError
+from moecompile.capture import capture
 from moecompile.cli import main
 from moecompile.distil import Distillation
 from moecompile.front import decide
+from moecompile.match import match
+from moecompile.progress import Progress
 from moecompile.recipes import ReadMe
-from moecompile.recipes.domains import domain_experts, membership
+from moecompile.recipes.base import Context
+from moecompile.recipes.domains import domain_experts, domain_strengths
+from moecompile.recipes.neurons import token_weights
 from moecompile.sites import DenseFFN
+from moecompile.targets import membership
 
 SMALL: dict[str, Any] = {"router_width": 32, "router_heads": 2, "router_mlp": 32}
 QUICK = Distillation(steps=60, batch=4, lr=3e-3)
@@ -75,6 +81,32 @@ def test_neurons_that_are_always_on() -> None:
 
 def test_membership() -> None:
     assert membership([[0, 2], [2]], 3).tolist() == [[1, 0], [0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("ranking", ["activation", "output", "variance"])
+def test_rankings_are_the_statistics_of_each_domain(ranking: str) -> None:
+    """Against the hidden activations of the live model's first FFN."""
+    dense, data = dense_model(), domains()
+    captured = capture(dense)
+    matches = match(captured).matches
+    batches = [batch for part in data.values() for batch in part]
+    whose = tuple(number for number, part in enumerate(data.values()) for _ in part)
+    with torch.no_grad():
+        context = Context(captured, matches, batches, Progress(), 0, tuple(data), whose)
+        strengths, _ = domain_strengths(context, ranking)
+        ffn = DenseFFN.read(matches[0].site, dense)
+        inputs: list[torch.Tensor] = []
+        hook = dense.model.layers[0].mlp.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].flatten(0, 1)))
+        for batch in data["d1"]:
+            dense(**batch)
+        hook.remove()
+        hidden = [ffn.hidden(x) for x in inputs]
+        size = ffn.down.norm(dim=0)
+        h = torch.cat(hidden)
+        expected = {"activation": h.abs().mean(0), "output": h.abs().mean(0) * size}
+        weights = torch.cat([token_weights(ffn.output(part).norm(dim=1)) for part in hidden])
+        expected["variance"] = ((weights @ (h - weights @ h / weights.sum()).square()) / weights.sum()) * size.square()
+    torch.testing.assert_close(strengths[0][1], expected[ranking], rtol=1e-4, atol=1e-9)
 
 
 # The plan
@@ -154,6 +186,7 @@ def test_same_seed_same_plan() -> None:
         ({"disjoint": True, "active_fraction": 0.5}, "--experts"),
         ({"disjoint": True, "experts": 4, "top_k": 4}, "choose"),
         ({"ranking": "size"}, "ranking"),
+        ({"router_target": "amplitude"}, "--disjoint"),
         ({"compensation": "all"}, "compensation"),
         ({"router_width": 30, "router_heads": 4}, "multiple"),
         ({"active_fraction": 1.5}, "--active-fraction"),

@@ -18,15 +18,14 @@ from tuning import LENGTH, ROWS, batches, dense_model, pair, run
 import moecompile
 from moecompile.apply import moe_blocks
 from moecompile.block import BlockSpec, Experts
+from moecompile.choice import centred_scores, oracle_loss
 from moecompile.errors import InputError
 from moecompile.parity import evaluating
 from moecompile.tuning import TuneConfig, share_tensors
 from moecompile.tuning.attention import blocked
 from moecompile.tuning.data import Windows
-from moecompile.tuning.distiller import oracle_loss
 from moecompile.tuning.experts import chosen_experts
 from moecompile.tuning.loss import Head, head_loss, top_log_probabilities
-from moecompile.tuning.student import centred_scores
 
 HERE = Path(__file__).parent
 

@@ -20,6 +20,7 @@ from ..files import check_new_folder
 from ..hub import check_positions, load_dense, local_path, stored_dtype
 from ..recipes import RECIPES, ReadMe, Recipe
 from ..recipes.survey import BUDGETS
+from ..targets import TARGETS
 from ..text import calibration_windows
 from ..version import __version__
 from . import command
@@ -76,8 +77,18 @@ def add(commands: Any) -> None:
         const=True,
         help="recipe read-me: finer experts that do not overlap, and a decision for each layer, in place of one per text file",
     )
-    sub.add_argument("--ranking", choices=("activation", "output"), help="recipe read-me: neurons by |a|, or by |a| |w|")
+    sub.add_argument(
+        "--ranking",
+        choices=("activation", "output", "variance"),
+        help="recipe read-me: neurons by mean |a| (the paper's), by mean |a| |w|, or by the variance of a, times |w|^2",
+    )
     sub.add_argument("--own-table", action="store_const", const=True, help="recipe read-me: the router's own embedding table")
+    sub.add_argument(
+        "--router-target",
+        choices=TARGETS,
+        help="recipe read-me: what the router learns, the paper's overlaps or, disjoint, which experts matter most "
+        "(default: overlap, disjoint: amplitude)",
+    )
     sub.add_argument(
         "--router-steps", type=int, metavar="N", help="recipe read-me: training steps of the router (default: 100)"
     )
@@ -139,7 +150,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 _SETTINGS = (
     "experts", "shared", "top_k", "active_fraction", "budget", "compensation", "plain_statistics", "disjoint", "ranking",
-    "own_table", "scores", "rank", "markers",
+    "own_table", "router_target", "scores", "rank", "markers",
 )  # fmt: skip
 
 

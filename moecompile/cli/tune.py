@@ -60,12 +60,17 @@ def add(commands: Any) -> None:
     for name, kind, text in (
         ("learning_rate", float, "peak rate of AdamW for experts and norms"),
         ("router_rate", float, "peak rate of the routers, relative to their weights' own size"),
+        ("front_rate", float, "peak rate of a router at the front"),
+        ("rounds", int, "alternate, so many times, between the routers and the other stages; 0: all together"),
+        ("router_share", float, "with --rounds: the routers' share of the steps"),
+        ("round_decay", float, "with --rounds: each round's rates over the one's before"),
         ("warmup", float, "share of the steps in which the rate rises; a cosine to 0 follows"),
         ("weight_decay", float, "AdamW's"),
         ("clip", float, "largest norm of the gradients"),
         ("label_weight", float, "weight of the text's own next words beside the logits' KL"),
         ("layer_weight", float, "weight of the layers' relative error beside the logits' KL"),
-        ("oracle_weight", float, "weight of the routers' loss against the oracle choice"),
+        ("oracle_weight", float, "weight of the layers' routers' loss against the oracle choice"),
+        ("front_weight", float, "weight of the distillation of a router at the front"),
         ("top_logits", int, "the teacher's largest logits that are matched one by one"),
         ("kl_stride", int, "match the logits at every n-th position alone: less work with the head"),
         ("lora_rank", int, "train low-rank updates of the experts' matrices; 0: the matrices"),
@@ -76,6 +81,9 @@ def add(commands: Any) -> None:
         sub.add_argument(flag, type=kind, default=default, metavar="X", help=f"{text} (default: {default})")
     sub.add_argument(
         "--no-straight-through", action="store_true", help="no gradient to the routers through the experts' weights"
+    )
+    sub.add_argument(
+        "--front-straight-through", action="store_true", help="such a gradient to a router at the front too: it may collapse"
     )
     sub.add_argument("--gradient-checkpointing", action="store_true", help="less memory: compute each layer twice")
     sub.add_argument(
@@ -96,18 +104,24 @@ def config_of(options: argparse.Namespace) -> TuneConfig:
     same = (
         "learning_rate",
         "router_rate",
+        "front_rate",
+        "rounds",
+        "router_share",
+        "round_decay",
         "warmup",
         "weight_decay",
         "clip",
         "label_weight",
         "layer_weight",
         "oracle_weight",
+        "front_weight",
         "top_logits",
     )
     config = TuneConfig(
         stages=tuple(part.strip() for part in options.stage.split(",") if part.strip()),
         **{name: getattr(options, name) for name in (*same, "kl_stride", "lora_rank", "save_every", "precision", "seed")},
         straight_through=not options.no_straight_through,
+        front_straight_through=options.front_straight_through,
         checkpointing=options.gradient_checkpointing,
     )
     config.check()
@@ -253,6 +267,7 @@ def thinned(curve: list[dict[str, float]]) -> list[dict[str, float]]:
     rows = []
     for start in range(0, len(curve), size):
         part = curve[start : start + size]
-        row = {key: sum(one[key] for one in part) / len(part) for key in part[0]}
+        values = {key: [one[key] for one in part if key in one] for one in part for key in one}
+        row = {key: sum(found) / len(found) for key, found in values.items()}
         rows.append({**row, "step": part[-1]["step"], "tokens": part[-1]["tokens"]})
     return [{key: float(f"{value:.6g}") for key, value in row.items()} for row in rows]

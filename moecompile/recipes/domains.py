@@ -8,17 +8,15 @@ all experts on is still the dense model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context
-from .neurons import sink_neurons
+from .neurons import sink_neurons, token_weights
 
-RANKINGS = ("activation", "output")
+RANKINGS = ("activation", "output", "variance")
 
 
 @torch.no_grad()
@@ -27,7 +25,8 @@ def domain_strengths(context: Context, ranking: str) -> tuple[list[Tensor], list
 
     Args:
         context: whose batches belong to domains.
-        ranking: ``activation``, E|a_j| as in the paper, or ``output``, E|a_j| |w_j|.
+        ranking: ``activation``, E|a_j| as in the paper, ``output``, E|a_j| |w_j|, or ``variance``, Var[a_j] |w_j|^2 with tokens
+            weighted by :func:`.neurons.token_weights`: what is lost of an idle neuron whose mean is put back.
 
     Returns:
         For each FFN the strengths (domains, F) and the sinks' neurons (F,) bool.
@@ -39,6 +38,8 @@ def domain_strengths(context: Context, ranking: str) -> tuple[list[Tensor], list
         scale = dense.down.float().norm(dim=0)
         total = torch.zeros(len(context.domains), match.site.intermediate_size)
         count = torch.zeros(len(context.domains))
+        moments = torch.zeros(2, len(context.domains), match.site.intermediate_size, dtype=torch.float64)
+        weight = torch.zeros(len(context.domains), dtype=torch.float64)
         sink = torch.zeros(match.site.intermediate_size, dtype=torch.bool)
         outputs = []
         for index, value in enumerate(inputs):
@@ -48,8 +49,14 @@ def domain_strengths(context: Context, ranking: str) -> tuple[list[Tensor], list
             count[domain] += len(hidden)
             sink |= sink_neurons(hidden.float(), dense.down.float()).cpu()
             outputs.append(dense.output(hidden))
+            own = token_weights(outputs[-1].float().norm(dim=1))
+            moments[:, domain] += torch.stack([own @ hidden.float(), own @ size.square()]).cpu()
+            weight[domain] += float(own.sum())
         mean = total / count.clamp_min(1)[:, None]
-        strengths.append(mean * scale.cpu() if ranking == "output" else mean)
+        first, second = moments / weight.clamp_min(1e-12)[:, None]
+        variance = (second - first.square()).clamp_min(0).float()
+        by = {"activation": mean, "output": mean * scale.cpu(), "variance": variance * scale.cpu().square()}
+        strengths.append(by[ranking])
         sinks.append(sink)
         stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)), torch.cat(outputs))  # type: ignore[misc]
     return strengths, sinks
@@ -77,11 +84,3 @@ def domain_experts(strength: Tensor, width: int, always: Tensor) -> tuple[list[i
     idle = torch.nonzero(~(masks.any(0) | common)).flatten()
     spare = [part.tolist() for part in idle.split(size)] if len(idle) else []
     return torch.nonzero(common).flatten().tolist(), experts + spare, len(spare)
-
-
-def membership(experts: Sequence[Sequence[int]], width: int) -> Tensor:
-    """(F, N) float, 1 where a neuron belongs to an expert."""
-    member = torch.zeros(width, len(experts))
-    for number, neurons in enumerate(experts):
-        member[list(neurons), number] = 1.0
-    return member

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from ..apply import build_block
-from ..distil import Distillation, collect_targets, distil
+from ..distil import Distillation, distil
 from ..errors import InputError, MatchError, PlanError
 from ..front import refusal
 from ..plans import BIAS, DOWN, MEANS, MoEPlan, SitePlan
 from ..pregate import PreGateSpec, PreGatingRouter
 from ..sites import DenseFFN
 from ..stream import Stream
+from ..targets import collect_targets, membership
 from .base import Context, Recipe, check_counts, check_fraction, planner
 from .calibrated import clipped, masked_outputs
-from .domains import RANKINGS, domain_experts, domain_strengths, membership
+from .domains import RANKINGS, domain_experts, domain_strengths
 from .neurons import token_weights
 from .refit import Mask, idle_means, refit_down
 from .survey import split_neurons
@@ -42,12 +43,15 @@ class ReadMe(Recipe):
         active_fraction: aligned: share of a layer's neurons that work for a domain, the shared ones included.
         disjoint: finer experts that do not overlap, and a decision for each layer.
         experts, shared, top_k: disjoint: N, S and K, equal slices of the dense width (default 48, 16, 16).
-        ranking: aligned: neurons by mean |a_j| (``activation``, the paper's) or by mean |a_j| |w_j| (``output``).
+        ranking: aligned: which neurons are a domain's, by ``activation`` (the paper's), ``output`` or ``variance``
+            (:func:`.domains.domain_strengths`).
         compensation: ``none`` (the paper's), ``means``, or ``refit``, for what idle neurons gave.
         sinks: aligned: neurons that attention sinks need belong to every domain.
         router_width, router_heads, router_mlp: the router's sizes.
         own_table: the router has an embedding table of its own (the paper's) and does not read the model's.
-        distillation: how the router is trained.
+        router_target: what the router learns, ``overlap`` (the paper's) or, disjoint, ``amplitude`` (:mod:`moecompile.distil`);
+            by default overlap for aligned ids, amplitude for a decision per layer.
+        distillation: how the router is trained; its target and number of experts are the recipe's.
     """
 
     active_fraction: float | None = None
@@ -62,6 +66,7 @@ class ReadMe(Recipe):
     router_heads: int = 4
     router_mlp: int = 512
     own_table: bool = False
+    router_target: str | None = None
     distillation: Distillation = field(default_factory=Distillation)
 
     @property
@@ -75,6 +80,12 @@ class ReadMe(Recipe):
         given = (self.experts, self.shared, self.top_k)
         experts, shared, top_k = (own if value is None else value for value, own in zip(given, _DISJOINT, strict=True))
         return experts, shared, top_k
+
+    @property
+    def training(self) -> Distillation:
+        """How the router is trained, with what it is to learn."""
+        target = self.router_target or ("amplitude" if self.disjoint else "overlap")
+        return replace(self.distillation, target=target, top_k=self.counts[2] if self.disjoint else 1)
 
     @property
     def fraction(self) -> float:
@@ -101,7 +112,11 @@ class ReadMe(Recipe):
         if self.compensation not in ("none", "means", "refit"):
             raise PlanError(f"there is no compensation '{self.compensation}'; there are: none, means, refit")
         PreGateSpec(2, 1, width=self.router_width, heads=self.router_heads, mlp_width=self.router_mlp)
-        self.distillation.check()
+        self.training.check()
+        if not self.disjoint and self.training.target == "amplitude":
+            raise PlanError(
+                "--router-target amplitude is for --disjoint: aligned experts are chosen by what layers have in common"
+            )
 
 
 @planner(ReadMe)
@@ -187,7 +202,7 @@ def _router(recipe: ReadMe, context: Context, members: list[Tensor]) -> tuple[Pr
     )
     targets = collect_targets(
         context.captured, context.matches, context.batches, members, aligned=not recipe.disjoint,
-        active=recipe.distillation.active, progress=context.progress,
+        active=recipe.training.active, target=recipe.training.target, progress=context.progress,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(context.seed)
@@ -196,7 +211,7 @@ def _router(recipe: ReadMe, context: Context, members: list[Tensor]) -> tuple[Pr
             router,
             embedder(model, recipe.own_table),
             targets,
-            recipe.distillation,
+            recipe.training,
             seed=context.seed,
             progress=context.progress,
         )
@@ -204,6 +219,11 @@ def _router(recipe: ReadMe, context: Context, members: list[Tensor]) -> tuple[Pr
         context.progress.say(
             f"router: {learnt['agreement']:.1%} of held-out choices are the dense model's own "
             f"(a constant choice: {learnt['constant_agreement']:.1%})"
+            + (
+                f"; {learnt['energy']:.1%} of the energy, the best choice {learnt['oracle_energy']:.1%}"
+                if "energy" in learnt
+                else ""
+            )
         )
     return router.eval(), learnt
 

@@ -1,11 +1,12 @@
 """Student, teacher and their losses as one module, so that a single forward call is everything that is sharded or recomputed.
 
     loss = KL(teacher || student) + label_weight * (-log student(next word))
-           + layer_weight * mean over layers of |s_l - t_l|^2 / |t_l|^2 + oracle_weight * L_router
+           + layer_weight * mean over layers of |s_l - t_l|^2 / |t_l|^2 + (oracle_weight or front_weight) * L_router
 
 s_l, t_l are the residual streams behind layer l. L_router is a logistic loss of the routers' centred scores against the experts
 that matter most in the dense model, each weighted by how far its amplitude is from the threshold: a choice that is nearly a tie
-costs nearly nothing.
+costs nearly nothing (:mod:`moecompile.choice`). For a router at the front with aligned ids it is Read-ME's: KL(softmax of the
+experts' overlaps with the dense model's active neurons || softmax of the scores), :mod:`moecompile.distil`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..choice import oracle_loss
+from ..distil import Distillation, loss_of, probabilities, statistics
+from ..front import front_of
 from .config import TuneConfig
 from .loss import head_loss, relative_error
 from .student import Inside
@@ -49,8 +53,13 @@ class Distiller(nn.Module):
         self.config, self.dtype = config, dtype
         self._inside, self._top_k = inside, dict(top_k)
 
-    def forward(self, inputs: Mapping[str, Tensor], step: int) -> Tensor:
-        """(5,) float32: the loss and its parts, as in :data:`PARTS`; only the first has a gradient."""
+    def forward(self, inputs: Mapping[str, Tensor], step: int, front_alone: bool = False) -> Tensor:
+        """(5,) float32: the loss and its parts, as in :data:`PARTS`; only the first has a gradient.
+
+        With ``front_alone`` the router at the front learns its targets and the student is not computed.
+        """
+        if front_alone:
+            return self._front_alone(inputs)
         stride = self.config.kl_stride
         positions = slice(step % stride, None, stride)
         kind = inputs["input_ids"].device.type
@@ -78,9 +87,32 @@ class Distiller(nn.Module):
             if path in targets.amplitudes
         ]
         router = torch.stack(routers).mean() if routers else zero
+        if targets.front is not None and self._inside.front is not None:
+            router = front_loss(self._inside.front[real], targets.front[real], max(self._top_k.values()))
         self._inside.clear()
-        loss = main + self.config.layer_weight * layer + self.config.oracle_weight * router
+        weight = self.config.oracle_weight if targets.front is None else self.config.front_weight
+        loss = main + self.config.layer_weight * layer + weight * router
         return torch.stack([loss, kl, label, layer.detach(), router.detach()])
+
+    def _front_alone(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        front = front_of(self.student)
+        assert front is not None
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            wanted = self.teacher.front(inputs)
+            scores = front.router(front.tokens(self.student, ids), mask)
+        real = slice(None) if mask is None else mask.bool().flatten()
+        loss = front_loss(scores[real], wanted[real], max(self._top_k.values()))
+        zero = loss.new_zeros(())
+        return torch.stack([loss, zero, zero, zero, loss.detach()])
+
+
+def front_loss(scores: Tensor, targets: Tensor, top_k: int) -> Tensor:
+    """Of a router at the front: (T, N) scores and overlaps of aligned experts, or (T, L, N) scores and amplitudes."""
+    options = Distillation(target="overlap" if scores.dim() == 2 else "amplitude", top_k=top_k)
+    mean, scale = statistics(targets[None])
+    wanted = probabilities(targets, options, mean.to(targets.device), scale)
+    return loss_of(scores, wanted, options)
 
 
 def next_words(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -90,13 +122,3 @@ def next_words(inputs: Mapping[str, Tensor]) -> Tensor:
     following = torch.full_like(ids, -1)
     following[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], -1)
     return following[mask]
-
-
-def oracle_loss(centred: Tensor, amplitudes: Tensor, k: int) -> Tensor:
-    """Logistic loss of centred scores (T, N) against the k experts of largest amplitude (T, N)."""
-    best = amplitudes.topk(k + 1, dim=-1).values
-    threshold = 0.5 * (best[:, k - 1 : k] + best[:, k : k + 1])
-    margin = amplitudes - threshold
-    weight = margin.abs() / amplitudes.mean(-1, keepdim=True).clamp_min(1e-12)
-    each = nn.functional.binary_cross_entropy_with_logits(centred.float(), (margin > 0).float(), reduction="none")
-    return (weight * each).mean()

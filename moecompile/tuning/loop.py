@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ..apply import moe_blocks
 from ..errors import InputError, MoECompileError
+from ..front import front_of
 from ..parity import evaluating
 from ..progress import Progress
+from ..tied import sum_copies
 from .attention import use_blocks
 from .config import TuneConfig
 from .distiller import PARTS, Distiller
@@ -40,7 +42,8 @@ class Tuning:
         seconds: of training in all, checkpoints included.
         tokens_per_second: of this process's own steps.
         parameters: numbers that were trained.
-        curve: per step ``step, tokens, loss, kl, label, layers, router, gradient_norm, learning_rate``.
+        curve: per step ``step, tokens, loss, kl, label, layers, router, gradient_norm, learning_rate``; without ``kl, label,
+            layers`` where only a router at the front learned.
         resumed_from: the step that the run went on from, 0 for a fresh one.
     """
 
@@ -92,6 +95,8 @@ def tune(
     steps = len(batches) if steps is None else steps
     if steps < 1 or len(batches) < 1:
         raise InputError("there is nothing to train on: not one batch")
+    if steps < 2 * config.rounds:
+        raise InputError(f"--rounds is {config.rounds}, but there are {steps} steps: a round takes two at least")
     device = next(moe.parameters()).device
     check_head(moe, _inputs(batches[0], device))
     check_head(dense, _inputs(batches[0], device))
@@ -140,7 +145,11 @@ class _Run:
         blocks = moe_blocks(student)
         self.undo = ready_for_training(student, config, self.inside)
         plan = moe.moecompile_plan  # type: ignore[union-attr]
-        self.teacher = Teacher(teacher_model, plan, config.top_logits, config.layer_weight > 0, config.oracle_weight > 0)  # type: ignore[arg-type]
+        self.front = front_of(student) is not None
+        oracle = config.oracle_weight > 0
+        if self.front:  # in rounds its targets are asked for when it is its turn
+            oracle = "router" in config.stages and config.front_weight > 0 and not config.rounds
+        self.teacher = Teacher(teacher_model, plan, config.top_logits, config.layer_weight > 0, oracle)  # type: ignore[arg-type]
         top_k = {path: block.top_k for path, block in blocks.items()}
         dtype = config.dtype(device)
         self.undo_attention = use_blocks(student, teacher_model)
@@ -151,6 +160,9 @@ class _Run:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=count == 1)
         self.main = rank == 0
+        self.tied = any(block.neuron is not None for block in blocks.values())
+        if self.tied and count > 1:
+            raise InputError("experts that overlap are tuned by one process: a neuron's copies may lie on several")
 
     def train(
         self,
@@ -197,14 +209,20 @@ class _Run:
         return Tuning(steps, tokens, round(before + seconds, 3), round(rate, 2), size, curve, first)
 
     def _step(self, inputs: dict[str, Tensor], step: int, steps: int) -> dict[str, float]:
-        factor = self.config.rate(step, steps)
+        stages, factor = self.config.schedule(step, steps)
+        front_alone = self.front and self.config.rounds > 0 and stages == ("router",)
+        losses = self.distiller({name: part_of(value) for name, value in inputs.items()}, step, front_alone)
+        losses[0].backward()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        losses = self.distiller({name: part_of(value) for name, value in inputs.items()}, step)
-        losses[0].backward()
+            for parameter in group["params"] if group["stage"] not in stages else ():
+                parameter.grad = None  # AdamW leaves it alone, moments and all
+        if self.tied:
+            sum_copies(self.student)
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         shown = mean(losses.detach().clone())
-        row = {name: float(value) for name, value in zip(PARTS, shown, strict=True)}
+        known = ("loss", "router") if front_alone else PARTS  # the others were not computed
+        row = {name: float(value) for name, value in zip(PARTS, shown, strict=True) if name in known}
         row |= {"gradient_norm": float(norm), "learning_rate": self.config.learning_rate * factor}
         if not all(math.isfinite(value) for value in row.values()):
             raise MoECompileError(f"the loss is {row['loss']} at step {step + 1}; take a smaller --learning-rate")

@@ -52,8 +52,11 @@ def write_state(
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     for name in chosen:
         tensors[f"value/{name}"] = whole(parameters[name]).cpu()
-        for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = whole(optimizer.state[parameters[name]][moment]).cpu()
+        state = optimizer.state.get(parameters[name])
+        if state:  # none before its first step, where stages alternate
+            for moment in _MOMENTS:
+                tensors[f"{moment}/{name}"] = whole(state[moment]).cpu()
+            tensors[f"step/{name}"] = torch.as_tensor(state["step"]).float().cpu().reshape(1)
     if world()[0] != 0:
         return
     target = folder / f"step-{step:08d}"
@@ -86,14 +89,18 @@ def read_state(
     parameters = dict(model.named_parameters())
     try:
         with safe_open(path / TENSORS, framework="pt") as file:
+            stored = set(file.keys())
             for name in chosen:
                 parameter = parameters[name]
                 with torch.no_grad():
                     parameter.copy_(like(file.get_tensor(f"value/{name}"), parameter))
+                if f"step/{name}" not in stored:
+                    continue
                 moments = {moment: like(file.get_tensor(f"{moment}/{name}"), parameter) for moment in _MOMENTS}
-                optimizer.state[parameter] = {"step": torch.tensor(float(facts["step"]), device=parameter.device), **moments}
+                taken = file.get_tensor(f"step/{name}")[0].to(parameter.device)
+                optimizer.state[parameter] = {"step": taken, **moments}
             torch.set_rng_state(file.get_tensor("rng/cpu"))
-            if torch.cuda.is_available() and "rng/cuda" in set(file.keys()):
+            if torch.cuda.is_available() and "rng/cuda" in stored:
                 torch.cuda.set_rng_state(file.get_tensor("rng/cuda"))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error

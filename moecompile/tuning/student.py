@@ -25,9 +25,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..apply import moe_blocks
 from ..block import MoEFFN
+from ..choice import centred_scores
 from ..errors import InputError
+from ..front import PreGate, front_of
+from ..pregate import RoutingPlan
 from .config import TuneConfig
 from .experts import chosen_experts
+
+FRONT = "pregate"  # the name of the router at the front in a model
 
 
 def layer_path(block: str) -> str:
@@ -39,30 +44,26 @@ def layer_path(block: str) -> str:
     return block
 
 
-def centred_scores(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """((T, k) chosen experts, (T, N) scores minus the threshold over the spread); 0 < k < N."""
-    best, ids = torch.topk(scores, k + 1, dim=-1)
-    threshold = 0.5 * (best[:, k - 1 : k] + best[:, k : k + 1]).detach()
-    return ids[:, :k], (scores - threshold) / scores.detach().std(-1, keepdim=True).clamp_min(1e-6)
-
-
 class Inside:
     """What a forward pass of the student leaves behind: the layers' outputs, and the routers' centred scores.
 
     Attributes:
         layers: module path -> (B, L, D) output of the layer.
         scores: block path -> (T, N) centred scores.
+        front: (T, N) or (T, L, N) scores of a router at the front, None where there is none.
     """
 
     def __init__(self) -> None:
         self.layers: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
+        self.front: Tensor | None = None
         self.open = False
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Only what runs within is kept: a checkpointed layer runs again in the backward pass."""
-        self.layers, self.scores, self.open = {}, {}, True
+        self.clear()
+        self.open = True
         try:
             yield
         finally:
@@ -70,7 +71,7 @@ class Inside:
 
     def clear(self) -> None:
         """Let go of the tensors."""
-        self.layers, self.scores = {}, {}
+        self.layers, self.scores, self.front = {}, {}, None
 
     def keep_layer(self, path: str, output: Any) -> None:
         """A forward hook's work."""
@@ -91,17 +92,21 @@ def ready_for_training(model: nn.Module, config: TuneConfig, inside: Inside) -> 
 
     The modules stay in eval mode, so that no dropout blurs the comparison with the teacher.
     """
-    changed: list[nn.Module] = []
+    changed: list[tuple[nn.Module, str]] = []
 
-    def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward  # type: ignore[method-assign]
-        changed.append(module)
+    def replace(module: nn.Module, method: Callable[..., Any], name: str = "forward") -> None:
+        module.__dict__[name] = method
+        changed.append((module, name))
 
     blocks = moe_blocks(model)
     for path, block in blocks.items():
         replace(block.experts, functools.partial(chosen_experts, block.experts))
         if block.router is not None:
             replace(block.router, functools.partial(_route, block.router, config.straight_through, inside, path))
+    front = front_of(model)
+    if front is not None:
+        replace(front, functools.partial(_decide, front, config.front_straight_through, inside), "_plan")
+        replace(front, lambda _model: None, "end")  # layers that are computed again in the backward pass read the plan
     hooks = watch_layers(model, list(dict.fromkeys(layer_path(path) for path in blocks)), inside)
     if config.checkpointing:
         for path in dict.fromkeys(layer_path(path) for path in blocks):
@@ -111,8 +116,10 @@ def ready_for_training(model: nn.Module, config: TuneConfig, inside: Inside) -> 
     def undo() -> None:
         for hook in hooks:
             hook.remove()
-        for module in reversed(changed):
-            module.__dict__.pop("forward", None)
+        for module, name in reversed(changed):
+            module.__dict__.pop(name, None)
+        if front is not None:
+            front.end(model)
 
     return undo
 
@@ -126,6 +133,15 @@ def _route(router: nn.Module, straight_through: bool, inside: Inside, path: str,
         p = torch.sigmoid(centred.gather(1, ids)).to(x.dtype)
         weights = weights + (p - p.detach())
     return ids, weights
+
+
+def _decide(front: PreGate, straight_through: bool, inside: Inside, hidden: Tensor, k: int) -> RoutingPlan:
+    scores = front.router.scores(hidden)
+    ids, centred = centred_scores(scores, k)
+    if inside.open:
+        inside.front = scores
+    learning = straight_through and torch.is_grad_enabled()
+    return RoutingPlan(ids, centred.gather(-1, ids) if learning else None)
 
 
 def choose_parameters(model: nn.Module, config: TuneConfig) -> dict[str, str]:
@@ -143,9 +159,11 @@ def choose_parameters(model: nn.Module, config: TuneConfig) -> dict[str, str]:
             raise InputError("tuning the experts would make the kept dense projections worthless; take --stage router")
         if "experts" in config.stages:
             if config.lora_rank:
+                if block.spec.overlap:
+                    raise InputError("--lora-rank: low-rank updates would part the copies of neurons that experts share")
                 _low_rank(block, config)
             for name, parameter in block.named_parameters():
-                idle = name.startswith("experts.") and block.top_k == 0
+                idle = name == "idle" or (name.startswith("experts.") and block.top_k == 0)
                 if not idle and not name.startswith("router.") and not name.endswith(".original"):
                     chosen[f"{path}.{name}"] = "experts"
                     parameter.requires_grad_(True)
@@ -153,6 +171,11 @@ def choose_parameters(model: nn.Module, config: TuneConfig) -> dict[str, str]:
             for name, parameter in block.router.named_parameters():
                 chosen[f"{path}.router.{name}"] = "router"
                 parameter.requires_grad_(True)
+    front = front_of(model)
+    if "router" in config.stages and front is not None:
+        for name, parameter in front.router.named_parameters():
+            chosen[f"{FRONT}.router.{name}"] = "router"
+            parameter.requires_grad_(True)
     if "norms" in config.stages:
         for name, parameter in norm_parameters(model):
             chosen[name] = "norms"
@@ -175,7 +198,7 @@ def norm_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [
         (f"{path}.{name}", parameter)
         for path, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
+        if "norm" in type(module).__name__.lower() and not path.startswith(f"{FRONT}.")
         for name, parameter in module.named_parameters(recurse=False)
     ]
 
@@ -230,18 +253,23 @@ def merge_updates(model: nn.Module) -> None:
 
 
 def parameter_groups(model: nn.Module, chosen: dict[str, str], config: TuneConfig) -> list[dict[str, Any]]:
-    """AdamW's groups; ``peak`` is each group's learning rate before the schedule."""
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+    """AdamW's groups; ``peak`` is each group's learning rate before the schedule, ``stage`` what it belongs to."""
+    groups: dict[tuple[str, float, float], list[Tensor]] = {}
     parameters = dict(model.named_parameters())
     for name, stage in chosen.items():
         parameter = parameters[name]
         peak = config.learning_rate
-        if stage == "router":
+        if name.startswith(f"{FRONT}."):
+            peak = config.front_rate
+        elif stage == "router":
             weight = parameters[name.rpartition(".")[0] + ".weight"] if name.endswith(".bias") else parameter
             peak = config.router_rate * max(float(_whole(weight).float().square().mean().sqrt()), 1e-8)
         decay = config.weight_decay if parameter.dim() >= 2 else 0.0
-        groups.setdefault((peak, decay), []).append(parameter)
-    return [{"params": params, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), params in groups.items()]
+        groups.setdefault((stage, peak, decay), []).append(parameter)
+    return [
+        {"params": params, "stage": stage, "peak": peak, "lr": peak, "weight_decay": decay}
+        for (stage, peak, decay), params in groups.items()
+    ]
 
 
 def _whole(tensor: Tensor) -> Tensor:

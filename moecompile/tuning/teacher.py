@@ -6,7 +6,7 @@ One forward pass without gradients for each batch gives all three. Tensors that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..apply import moe_blocks
+from ..distil import Distillation
 from ..errors import InputError
+from ..front import decided
 from ..plans import MoEPlan, SitePlan
+from ..targets import amplitudes, membership, overlaps
 from .config import TuneConfig
 from .loss import Head, top_log_probabilities
 from .parallel import mean
@@ -30,12 +33,15 @@ class Targets:
         ids, logp: (T, k) the teacher's likeliest words and their log-probabilities.
         layers: layer path -> (T, D) output.
         amplitudes: block path -> (T, N) sqrt(sum_{j in e} (h_j - mean_j)^2 |w_j|^2), how much each expert matters.
+        front: what a router at the front learns: (T, N), how many of each expert's neurons are among the active half, or
+            (T, L, N), how much each matters.
     """
 
     ids: Tensor
     logp: Tensor
     layers: Mapping[str, Tensor] = field(default_factory=dict)
     amplitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    front: Tensor | None = None
 
 
 def head_of(model: nn.Module, dtype: torch.dtype) -> Head:
@@ -55,7 +61,8 @@ def head_of(model: nn.Module, dtype: torch.dtype) -> Head:
 
 def hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, L, D), what the head reads."""
-    outputs = model.base_model(**inputs, use_cache=False)  # type: ignore[operator]
+    with decided(model, inputs):
+        outputs = model.base_model(**inputs, use_cache=False)  # type: ignore[operator]
     return outputs.last_hidden_state  # type: ignore[no-any-return]
 
 
@@ -121,7 +128,7 @@ class Teacher(nn.Module):
         plan: how the student was made from it.
         top: how many logits of each position are kept.
         layers: whether the layers' outputs are wanted.
-        oracle: whether the experts' amplitudes are wanted.
+        oracle: whether what the routers are to choose is wanted with each batch.
     """
 
     def __init__(self, dense: nn.Module, plan: MoEPlan, top: int, layers: bool, oracle: bool) -> None:
@@ -130,12 +137,38 @@ class Teacher(nn.Module):
         self.top = top
         self._inside = Inside()
         self._amplitudes: dict[str, Tensor] = {}
+        self._front: list[Tensor] = []
+        self._oracle = self._counting = oracle
+        self._aligned = plan.pregate is not None and plan.pregate.groups == 1
         self._hooks: list[Any] = []
         paths = [site.site.placement.block for site in plan.sites if site.site.placement is not None]
         if layers:
             self._hooks += watch_layers(dense, list(dict.fromkeys(map(layer_path, paths))), self._inside)
-        for site in plan.sites if oracle else ():
-            self._watch_neurons(site)
+        for site in plan.sites:
+            if plan.pregate is not None:
+                self._watch_for_front(site)
+            elif oracle:
+                self._watch_neurons(site)
+
+    def _watch_down(self, site: SitePlan, measure: Callable[[nn.Module, tuple[Tensor, ...]], None]) -> None:
+        name = site.site.down.weight.rpartition(".")[0]
+        self._hooks.append(self.dense.get_submodule(name).register_forward_pre_hook(measure))
+
+    def _watch_for_front(self, site: SitePlan) -> None:
+        """What the router at the front was taught by: overlaps of aligned experts, amplitudes of those of a layer."""
+        member = membership(site.choosable, site.site.intermediate_size)
+
+        def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self._counting:
+                h = inputs[0].reshape(-1, inputs[0].shape[-1])  # [T, F]
+                if self._aligned:
+                    self._front.append(overlaps(h, member.to(h.device), Distillation().active))
+                else:
+                    weight: Tensor = module.weight  # type: ignore[assignment]
+                    down = weight.t() if site.site.down.transposed else weight  # [D, F]
+                    self._front.append(amplitudes(h, down, member.to(h.device)))
+
+        self._watch_down(site, measure)
 
     def _watch_neurons(self, site: SitePlan) -> None:
         """Measure the experts' amplitudes where the down projection reads the hidden activations."""
@@ -154,8 +187,7 @@ class Teacher(nn.Module):
             sums = h.new_zeros(len(h), len(site.experts) + 1).index_add_(1, owner.to(h.device), energy)
             self._amplitudes[path] = sums[:, :-1].sqrt()
 
-        name = site.site.down.weight.rpartition(".")[0]
-        self._hooks.append(self.dense.get_submodule(name).register_forward_pre_hook(measure))
+        self._watch_down(site, measure)
 
     def close(self) -> None:
         """Leave the dense model as it was."""
@@ -165,15 +197,31 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor], dtype: torch.dtype, positions: slice = slice(None)) -> Targets:
         """The targets of a batch; the distribution only at some of the positions that are not padding."""
-        self._amplitudes = {}
+        self._amplitudes, self._front = {}, []
         with self._inside.collecting():
             hidden = hidden_states(self.dense, inputs)
         rows = unpadded(hidden, inputs)[positions]
         ids, logp = top_log_probabilities(rows, head_of(self.dense, dtype), self.top)
         layers = {path: value.flatten(0, -2) for path, value in self._inside.layers.items()}
         self._inside.clear()
-        amplitudes, self._amplitudes = self._amplitudes, {}
-        return Targets(ids, logp, layers, amplitudes)
+        own, self._amplitudes = self._amplitudes, {}
+        return Targets(ids, logp, layers, own, self._front_targets())
+
+    @torch.no_grad()
+    def front(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The targets of a router at the front alone, without the head."""
+        self._front, self._counting = [], True
+        hidden_states(self.dense, inputs)
+        self._counting = self._oracle
+        found = self._front_targets()
+        assert found is not None
+        return found
+
+    def _front_targets(self) -> Tensor | None:
+        parts, self._front = self._front, []
+        if not parts:
+            return None
+        return torch.stack(parts).sum(0) if self._aligned else torch.stack(parts, dim=1)
 
 
 def unpadded(hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
