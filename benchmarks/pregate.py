@@ -26,6 +26,7 @@ from moecompile.apply import build_blocks, install
 from moecompile.capture import capture
 from moecompile.checkpoint import adopt
 from moecompile.distil import Distillation, agreement, distil, statistics
+from moecompile.files import write_bytes
 from moecompile.front import RouterLayer
 from moecompile.hub import load_dense, load_tokenizer
 from moecompile.match import match
@@ -260,7 +261,7 @@ def say(text: str) -> None:
 def write(path: str, result: dict[str, Any]) -> None:
     """The figures so far."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_bytes(Path(path), (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

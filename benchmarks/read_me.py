@@ -250,10 +250,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """Whole or not at all."""
+    from moecompile.files import write_bytes
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def say(text: str) -> None:

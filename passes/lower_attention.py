@@ -9,7 +9,6 @@ Graphs without a MoE layer are Inductor's alone.
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import torch
 from torch.fx import GraphModule, Node
@@ -18,7 +17,7 @@ from .. import attention
 from ..codegen import operators
 from .base import PassResult, clone
 from .match_experts import moe_nodes
-from .nodes import argument, inherit, meaning, site_of, tensor_of
+from .nodes import Refusals, argument, inherit, meaning, record_value, tensor_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,8 +33,7 @@ class LowerAttention:
         """The graph with attention lowered; the reasons for what is left are counted in the notes."""
         if not moe_nodes(graph_module):
             return PassResult(graph_module, 0)
-        result, changed = clone(graph_module), 0
-        refused, first = Counter[str](), dict[str, str]()
+        result, changed, refused = clone(graph_module), 0, Refusals()
         for node in [each for each in result.graph.nodes if meaning(each) == "attention"]:
             reason = _objection(node)
             if reason is None:
@@ -46,14 +44,9 @@ class LowerAttention:
                 _replace(node, self.name)
                 changed += 1
             elif reason:
-                refused[reason] += 1
-                first.setdefault(reason, f"{site_of(node)}: node {node.name}")
+                refused.add(node, reason)
         result.recompile()
-        notes = tuple(
-            f"{first[reason]}{f' and {count - 1} more' if count > 1 else ''}: stays torch's: {reason}"
-            for reason, count in refused.items()
-        )
-        return PassResult(result, changed, notes)
+        return PassResult(result, changed, refused.notes())
 
 
 def _objection(node: Node) -> str | None:
@@ -106,11 +99,9 @@ def _replace(node: Node, step: str) -> None:
         key, value = plain[0], plain[1]
     with graph.inserting_before(node):
         call = inherit(graph.call_function(attention.attend, (query, key, value, mask, float(scale), causal)), node, step)
-        call.meta["example_value"] = call.meta["val"] = own.new_empty([own.shape[at] for at in (0, 2, 1, 3)])
-        call.meta.pop("tensor_meta", None)
+        record_value(call, own.new_empty([own.shape[at] for at in (0, 2, 1, 3)]))
         turned = inherit(graph.call_function(torch.transpose, (call, 1, 2)), node, step)
-        turned.meta["example_value"] = turned.meta["val"] = _meta(call).transpose(1, 2)
-        turned.meta.pop("tensor_meta", None)
+        record_value(turned, _meta(call).transpose(1, 2))
     node.replace_all_uses_with(turned)
     graph.erase_node(node)
 

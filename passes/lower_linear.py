@@ -8,7 +8,6 @@ linear layers stay as they are. Layers that read one x are one launch. Graphs wi
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from .. import linears
 from ..codegen import operators
 from .base import PassResult, clone
 from .match_experts import moe_nodes
-from .nodes import argument, inherit, meaning, site_of, tensor_of, written
+from .nodes import Refusals, argument, inherit, meaning, record_value, tensor_of, written
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,8 +51,7 @@ class LowerLinear:
         """The graph with linear layers lowered; the reasons for the others are counted in the notes."""
         if not moe_nodes(graph_module):
             return PassResult(graph_module, 0)
-        result, refused = clone(graph_module), Counter[str]()
-        first: dict[str, str] = {}
+        result, refused = clone(graph_module), Refusals()
         changed = written(result.graph)
         groups: dict[Node, list[Layer]] = {}
         for node in result.graph.nodes:
@@ -63,19 +61,14 @@ class LowerLinear:
             if isinstance(found, Layer):
                 groups.setdefault(found.x, []).append(found)
             elif found:
-                refused[found] += 1
-                first.setdefault(found, f"{site_of(node)}: node {node.name}")
+                refused.add(node, found)
         if groups and (reason := self._unavailable()):
             return PassResult(graph_module, 0, (f"linear layers stay torch's: {reason}",))
         for layers in groups.values():
             for together in _launches(layers):
                 _replace(result, together, self.weight_format, self.name)
         result.recompile()
-        notes = tuple(
-            f"{first[reason]}{f' and {count - 1} more' if count > 1 else ''}: stays torch's: {reason}"
-            for reason, count in refused.items()
-        )
-        return PassResult(result, sum(map(len, groups.values())), notes)
+        return PassResult(result, sum(map(len, groups.values())), refused.notes())
 
     def _layer(self, node: Node, changed: frozenset[Node]) -> Layer | str:
         """The layer that a node is, or why it is left alone; '' where it is none for this pass."""
@@ -139,9 +132,7 @@ def _replace(result: GraphModule, layers: list[Layer], weight_format: str, step:
         operands = ([layer.weight for layer in layers], [layer.bias for layer in layers])
         call: Any = graph.call_function(linears.linears, (layers[0].x, *operands, weight_format))
         inherit(call, start, step, *(layer.node for layer in layers[1:]))
-        values = [tensor_of(layer.node) for layer in layers]
-        call.meta["example_value"] = call.meta["val"] = values
-        call.meta.pop("tensor_meta", None)
+        record_value(call, [tensor_of(layer.node) for layer in layers])
         for index, layer in enumerate(layers):
             item = inherit(graph.call_function(operator.getitem, (call, index)), layer.node, step)
             layer.node.replace_all_uses_with(item)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -123,6 +124,31 @@ def inherit(new: Node, old: Node, step: str, *also: Node) -> Node:
             new.meta[key] = old.meta[key]
     new.meta["moecompile"] = {"pass": step, "from": tuple(node.name for node in (old, *also))}
     return new
+
+
+def record_value(node: Node, value: Any) -> None:
+    """Say what a node makes, where that is not what the node that it replaces made."""
+    node.meta["example_value"] = node.meta["val"] = value
+    node.meta.pop("tensor_meta", None)
+
+
+class Refusals:
+    """Why a pass left nodes alone: the first place and the number of the others, for each reason."""
+
+    def __init__(self) -> None:
+        self._count, self._first = Counter[str](), dict[str, str]()
+
+    def add(self, node: Node, reason: str) -> None:
+        """One more node that is left alone."""
+        self._count[reason] += 1
+        self._first.setdefault(reason, f"{site_of(node)}: node {node.name}")
+
+    def notes(self) -> tuple[str, ...]:
+        """A line for each reason."""
+        return tuple(
+            f"{self._first[reason]}{f' and {count - 1} more' if count > 1 else ''}: stays torch's: {reason}"
+            for reason, count in self._count.items()
+        )
 
 
 # Methods whose result may share memory with what they are called on.
