@@ -102,29 +102,29 @@ class Experts(nn.Module):
         n, i, d = spec.experts, spec.expert_width, spec.hidden_size
         self.act, self.gated = Activation(spec.activation), spec.gated
         rows = 2 * i if spec.gated else i
-        self.up_name = "gate_up" if spec.gated else "up"
-        self.register_parameter(f"{self.up_name}_proj", nn.Parameter(torch.zeros(n, rows, d)))
-        self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.zeros(n, rows)) if spec.input_bias else None)
+        name = "gate_up" if spec.gated else "up"
+        self.register_parameter(f"{name}_proj", nn.Parameter(torch.zeros(n, rows, d)))
+        self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(n, rows)) if spec.input_bias else None)
         self.down_proj = nn.Parameter(torch.zeros(n, d, i))
         self.down_bias = nn.Parameter(torch.zeros(n, d)) if spec.expert_bias else None
 
     @property
     def up(self) -> Tensor:
         """(N, G*I, D)."""
-        return getattr(self, f"{self.up_name}_proj")
+        return self.gate_up_proj if self.gated else self.up_proj  # type: ignore[return-value]
 
     @property
     def up_bias_or_none(self) -> Tensor | None:
         """(N, G*I) or None."""
-        return getattr(self, f"{self.up_name}_bias")
+        return self.gate_up_bias if self.gated else self.up_bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """(T, D), (T, K), (T, K) -> (T, D)."""
-        tensors = [x, weights, self.up, self.down_proj, self.up_bias_or_none, self.down_bias]
+        up, down, up_bias, down_bias = self.up, self.down_proj, self.up_bias_or_none, self.down_bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-        x, weights, up, down, up_bias, down_bias = tensors  # type: ignore[assignment]
+            tensors = [x, weights, up, down, up_bias, down_bias]
+            x, weights, up, down, up_bias, down_bias = [None if t is None else t.to(dtype) for t in tensors]  # type: ignore
         return expert_ffn(x, ids, weights, up, down, up_bias, down_bias, self.act.name, self.gated)
 
 
@@ -137,6 +137,11 @@ class ExactDown(nn.Module):
         shared = torch.zeros(spec.hidden_size, spec.shared_width)
         self.shared = nn.Parameter(shared, requires_grad=False) if spec.shared_width else None
         self.bias = nn.Parameter(torch.zeros(spec.hidden_size), requires_grad=False) if spec.bias else None
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cast that leaves no node in a graph where it does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _joined(first: Tensor | None, second: Tensor) -> Tensor:
@@ -264,11 +269,14 @@ class MoEFFN(nn.Module):
 
     def _chosen(self, x: Tensor, k: int) -> Tensor:
         """Shared neurons and k experts: (T, D) -> (T, D)."""
-        parts = [] if self.shared is None else [self.shared(x)]
+        y = None if self.shared is None else self.shared(x)
         if k > 0:
-            parts.append(self.experts(x, *self.choose(x, k)))
-        y = sum(parts[1:], parts[0]) if parts else torch.zeros_like(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            ids, weights = self.choose(x, k)
+            routed = self.experts(x, ids, weights)
+            y = routed if y is None else y + routed
+        if y is None:
+            y = torch.zeros_like(x)
+        return y if self.bias is None else y + _as(self.bias, y.dtype)
 
     def neurons_on(self, ids: Tensor) -> Tensor:
         """(T, F) bool in dense order: the neurons that work for tokens with these experts (T, K)."""
