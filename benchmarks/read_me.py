@@ -56,6 +56,7 @@ class Variant:
 # layer, 3.3 % for 48, 2.1 % for calibrated's 30 linear routers. The static models get the largest share of all.
 ALIGNED = ("--recipe", "read-me", "--active-fraction", "0.5")
 VARIANCE = (*ALIGNED, "--ranking", "variance")
+BUDGET = (*VARIANCE, "--budget", "effect")
 VARIANTS = {
     "dense": Variant("dense", ("--recipe", "static", "--active-fraction", "1"), PLAIN),
     "static": Variant("static", ("--recipe", "static", "--active-fraction", "0.525", "--compensation", "refit"), PLAIN),
@@ -65,6 +66,7 @@ VARIANTS = {
     ),
     "aligned": Variant("read-me, aligned", ALIGNED),
     "aligned-variance": Variant("read-me, aligned, ranked by variance", VARIANCE),
+    "aligned-budget": Variant("read-me, aligned, by variance, widths by layer", BUDGET),
     "disjoint": Variant(
         "read-me, disjoint 96", ("--recipe", "read-me", "--disjoint", "--experts", "96", "--shared", "32", "--top-k", "29")
     ),

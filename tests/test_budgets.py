@@ -25,7 +25,7 @@ def curve(effect: float, k: int = 32, experts: int = 96, width: float = 4.0) -> 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0.0, 5.0), min_size=1, max_size=12), st.sampled_from([16, 24, 32, 40, 64]))
 def test_the_mean_is_kept(effects: list[float], k: int) -> None:
-    counts = allocate([curve(e, k) for e in effects], k)
+    counts = allocate([curve(e, k) for e in effects])
     assert sum(counts) <= k * len(counts)
     assert all(n in levels(96, k) for n in counts)
     if len(set(effects)) == 1 and effects[0] > 0:
@@ -33,19 +33,19 @@ def test_the_mean_is_kept(effects: list[float], k: int) -> None:
 
 
 def test_layers_that_matter_get_more() -> None:
-    counts = allocate([curve(4.0), curve(1.0), curve(0.1)], 32)
+    counts = allocate([curve(4.0), curve(1.0), curve(0.1)])
     assert counts[0] > counts[1] > counts[2] and sum(counts) == 96
 
 
 def test_wide_layers_pay_more() -> None:
     """At the same gain per expert, what is cheap in neurons comes first; the total of neurons is kept."""
-    counts = allocate([curve(1.0, width=8.0), curve(1.0, width=2.0)], 32)
+    counts = allocate([curve(1.0, width=8.0), curve(1.0, width=2.0)])
     assert counts[1] > counts[0] and 8 * counts[0] + 2 * counts[1] <= 10 * 32
 
 
 def test_no_other_choice_on_the_grid_is_better() -> None:
     curves = [curve(e) for e in (0.7, 0.2, 1.9)]
-    counts = allocate(curves, 32)
+    counts = allocate(curves)
     best = min(
         sum(c.loss(k) for c, k in zip(curves, (a, b, d), strict=True))
         for a in levels(96, 32)

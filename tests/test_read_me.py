@@ -21,7 +21,7 @@ from moecompile.match import match
 from moecompile.progress import Progress
 from moecompile.recipes import ReadMe
 from moecompile.recipes.base import Context
-from moecompile.recipes.domains import domain_experts, domain_strengths
+from moecompile.recipes.domains import domain_experts, survey_domains
 from moecompile.recipes.neurons import token_weights
 from moecompile.sites import DenseFFN
 from moecompile.targets import membership
@@ -93,7 +93,7 @@ def test_rankings_are_the_statistics_of_each_domain(ranking: str) -> None:
     whose = tuple(number for number, part in enumerate(data.values()) for _ in part)
     with torch.no_grad():
         context = Context(captured, matches, batches, Progress(), 0, tuple(data), whose)
-        strengths, _ = domain_strengths(context, ranking)
+        found = survey_domains(context, ranking, 0.5, True, "effect")
         ffn = DenseFFN.read(matches[0].site, dense)
         inputs: list[torch.Tensor] = []
         hook = dense.model.layers[0].mlp.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].flatten(0, 1)))
@@ -106,7 +106,7 @@ def test_rankings_are_the_statistics_of_each_domain(ranking: str) -> None:
         expected = {"activation": h.abs().mean(0), "output": h.abs().mean(0) * size}
         weights = torch.cat([token_weights(ffn.output(part).norm(dim=1)) for part in hidden])
         expected["variance"] = ((weights @ (h - weights @ h / weights.sum()).square()) / weights.sum()) * size.square()
-    torch.testing.assert_close(strengths[0][1], expected[ranking], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found[0].strength[1], expected[ranking], rtol=1e-4, atol=1e-9)
 
 
 # The plan

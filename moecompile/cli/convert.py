@@ -58,8 +58,8 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--budget",
         choices=BUDGETS,
-        help="recipe calibrated: top-k of each layer by what idle experts do to the model's output, K on average, or even "
-        "(default: effect)",
+        help="recipes calibrated and read-me: top-k (or working neurons) of each layer by what idle ones do to the model's "
+        "output, as many on average, or even (default: effect)",
     )
     sub.add_argument(
         "--compensation",

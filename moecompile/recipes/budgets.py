@@ -57,11 +57,11 @@ def levels(experts: int, top_k: int) -> list[int]:
     return sorted({*lower, *upper})
 
 
-def allocate(curves: Sequence[Curve], top_k: int) -> list[int]:
-    """Experts per layer, ``top_k`` on average at most (weighted by expert width), with the least sum of losses."""
+def allocate(curves: Sequence[Curve]) -> list[int]:
+    """Experts per layer with the least sum of losses; together no more neurons than with each layer's ``reference``."""
     choices = [sorted(curve.errors) for curve in curves]
     place = [0] * len(curves)
-    left = sum(c.expert_width * (top_k - k[0]) for c, k in zip(curves, choices, strict=True))
+    left = sum(c.expert_width * (c.reference - k[0]) for c, k in zip(curves, choices, strict=True))
 
     def gain(layer: int) -> float:
         """What the next level saves per neuron; none where there is no next level, or no money for it."""

@@ -25,10 +25,10 @@ from ..stream import Stream
 from ..targets import collect_targets, membership
 from .base import Context, Recipe, check_counts, check_fraction, planner
 from .calibrated import clipped, masked_outputs
-from .domains import RANKINGS, domain_experts, domain_strengths
+from .domains import RANKINGS, domain_experts, survey_domains
 from .neurons import token_weights
 from .refit import Mask, idle_means, refit_down
-from .survey import split_neurons
+from .survey import BUDGETS, split_neurons
 
 _DISJOINT = (48, 16, 16)
 _CHUNK = 8192
@@ -44,7 +44,9 @@ class ReadMe(Recipe):
         disjoint: finer experts that do not overlap, and a decision for each layer.
         experts, shared, top_k: disjoint: N, S and K, equal slices of the dense width (default 48, 16, 16).
         ranking: aligned: which neurons are a domain's, by ``activation`` (the paper's), ``output`` or ``variance``
-            (:func:`.domains.domain_strengths`).
+            (:func:`.domains.survey_domains`).
+        budget: aligned: ``effect`` gives each layer its own number of working neurons, ``active_fraction`` on average, by what
+            idle ones do to the model's output; ``even`` (the paper's) gives all the same.
         compensation: ``none`` (the paper's), ``means``, or ``refit``, for what idle neurons gave.
         sinks: aligned: neurons that attention sinks need belong to every domain.
         router_width, router_heads, router_mlp: the router's sizes.
@@ -60,6 +62,7 @@ class ReadMe(Recipe):
     shared: int | None = None
     top_k: int | None = None
     ranking: str = "activation"
+    budget: str = "effect"
     compensation: str = "refit"
     sinks: bool = True
     router_width: int = 512
@@ -109,6 +112,8 @@ class ReadMe(Recipe):
             check_fraction(self.fraction)
         if self.ranking not in RANKINGS:
             raise PlanError(f"there is no ranking '{self.ranking}'; there are: {', '.join(RANKINGS)}")
+        if self.budget not in BUDGETS:
+            raise PlanError(f"there is no budget '{self.budget}'; there are: {', '.join(BUDGETS)}")
         if self.compensation not in ("none", "means", "refit"):
             raise PlanError(f"there is no compensation '{self.compensation}'; there are: none, means, refit")
         PreGateSpec(2, 1, width=self.router_width, heads=self.router_heads, mlp_width=self.router_mlp)
@@ -143,14 +148,11 @@ def _aligned_sites(recipe: ReadMe, context: Context) -> list[SitePlan]:
             "read-me makes one expert per domain of text: give two or more files with --calibration "
             "(calibration={'name': batches, ...})"
         )
-    strengths, sinks = domain_strengths(context, recipe.ranking)
+    found = survey_domains(context, recipe.ranking, recipe.fraction, recipe.sinks, recipe.budget)
     sites = []
-    for match, strength, sink in zip(context.matches, strengths, sinks, strict=True):
-        width = match.site.intermediate_size
-        active = min(width, max(2, round(recipe.fraction * width)))
-        always = sink if recipe.sinks and int(sink.sum()) < active else torch.zeros_like(sink)
-        shared, experts, spare = domain_experts(strength, active, always)
-        metrics = {"shared_neurons": len(shared), "private_neurons": len(experts[0])}
+    for match, one in zip(context.matches, found, strict=True):
+        shared, experts, spare = domain_experts(one.strength, one.active, one.always)
+        metrics = {"shared_neurons": len(shared), "private_neurons": len(experts[0]), **one.metrics}
         sites.append(
             SitePlan(
                 match.site, tuple(shared), tuple(tuple(e) for e in experts), 1, metrics=metrics, router="pregate",

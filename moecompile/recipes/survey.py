@@ -73,7 +73,7 @@ def survey(context: Context, experts: int, shared: int, top_k: int, budget: str,
         stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
     if len(dial) == 1:
         return splits
-    counts = allocate(curves, top_k)
+    counts = allocate(curves)
     return [
         replace(split, top_k=count, metrics={"output_divergence": round(curve.effect, 6)})
         for split, count, curve in zip(splits, counts, curves, strict=True)
