@@ -83,7 +83,7 @@ def main() -> None:
     with torch.no_grad():
         captured = capture(model)
         matches = match(captured).matches
-        recipe = ReadMe(active_fraction=options.active_fraction)
+        recipe = ReadMe(active_fraction=options.active_fraction, ranking="activation", budget="even")  # as in the paper
         few = [number for number in range(len(batches)) if number % 4 == 0]  # a quarter of the windows ranks the neurons
         some, whose = [batches[number] for number in few], tuple(domain_of[number] for number in few)
         sites = _aligned_sites(recipe, Context(captured, matches, some, progress, 0, names, whose))

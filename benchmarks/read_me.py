@@ -54,9 +54,10 @@ class Variant:
 
 # Active fractions count the router: 2.35 % of SmolLM2-135M's FFN for read-me aligned, 4.2 % for 96 experts and a decision per
 # layer, 3.3 % for 48, 2.1 % for calibrated's 30 linear routers. The static models get the largest share of all.
-ALIGNED = ("--recipe", "read-me", "--active-fraction", "0.5")
-VARIANCE = (*ALIGNED, "--ranking", "variance")
-BUDGET = (*VARIANCE, "--budget", "effect")
+READ_ME = ("--recipe", "read-me", "--active-fraction", "0.5")
+ALIGNED = (*READ_ME, "--ranking", "activation", "--budget", "even")
+VARIANCE = (*READ_ME, "--ranking", "variance", "--budget", "even")
+BUDGET = (*READ_ME, "--ranking", "variance", "--budget", "effect")
 VARIANTS = {
     "dense": Variant("dense", ("--recipe", "static", "--active-fraction", "1"), PLAIN),
     "static": Variant("static", ("--recipe", "static", "--active-fraction", "0.525", "--compensation", "refit"), PLAIN),
@@ -64,9 +65,16 @@ VARIANTS = {
     "calibrated": Variant(
         "calibrated, layer-wise", ("--recipe", "calibrated", "--experts", "96", "--shared", "32", "--top-k", "32")
     ),
-    "aligned": Variant("read-me, aligned", ALIGNED),
+    "aligned": Variant("read-me, aligned, ranked as in the paper", ALIGNED),
     "aligned-variance": Variant("read-me, aligned, ranked by variance", VARIANCE),
     "aligned-budget": Variant("read-me, aligned, by variance, widths by layer", BUDGET),
+    "calibrated-60": Variant(
+        "calibrated, layer-wise", ("--recipe", "calibrated", "--experts", "96", "--shared", "32", "--top-k", "42")
+    ),
+    "aligned-60": Variant(
+        "read-me, aligned, by variance, widths by layer",
+        ("--recipe", "read-me", "--active-fraction", "0.575", "--ranking", "variance", "--budget", "effect"),
+    ),
     "disjoint": Variant(
         "read-me, disjoint 96", ("--recipe", "read-me", "--disjoint", "--experts", "96", "--shared", "32", "--top-k", "29")
     ),
@@ -80,7 +88,7 @@ VARIANTS = {
         start="aligned",
     ),
     "aligned-rounds": Variant(
-        "read-me, aligned, by variance, 2 rounds", VARIANCE, tune=("--rounds", "2"), start="aligned-variance"
+        "the same, tuned in 2 rounds of router and experts", BUDGET, tune=("--rounds", "2"), start="aligned-budget"
     ),
 }
 

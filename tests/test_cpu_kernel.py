@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,3 +196,27 @@ def test_every_named_activation(name: str) -> None:
     found = operands(gated=False, shared=False) | {"x": tokens(40) * 4, "top_k": 2, "activation": name}
     torch.testing.assert_close(kernel(found).double(), reference(found), rtol=1e-4, atol=1e-4)
     assert Activation(name)
+
+
+NARROW = """
+import sys
+import torch
+torch._inductor.config.cpp.simdlen = 256
+sys.path.insert(0, sys.argv[1])
+import test_cpu_kernel as cases
+for changes in ({}, {"score": "softmax", "normalise": True}):
+    found = cases.operands(biases=True) | changes
+    for count in (1, 2, 5, 40, 150):
+        for k in (0, 1, 3, cases.N):
+            case = found | {"x": cases.tokens(count), "top_k": k}
+            torch.testing.assert_close(cases.kernel(case).double(), cases.reference(case), rtol=2e-5, atol=2e-5)
+"""
+
+
+@pytest.mark.skipif("avx512" not in torch.backends.cpu.get_cpu_capability().lower(), reason="has no wider vectors than AVX2's")
+def test_vectors_of_avx2() -> None:
+    """What a CPU without AVX-512 compiles, on one that has it."""
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW, str(Path(__file__).parent)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

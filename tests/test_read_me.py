@@ -20,6 +20,7 @@ from moecompile.front import decide
 from moecompile.match import match
 from moecompile.progress import Progress
 from moecompile.recipes import ReadMe
+from moecompile.recipes import domains as recipe_domains
 from moecompile.recipes.base import Context
 from moecompile.recipes.domains import domain_experts, survey_domains
 from moecompile.recipes.neurons import token_weights
@@ -109,6 +110,44 @@ def test_rankings_are_the_statistics_of_each_domain(ranking: str) -> None:
     torch.testing.assert_close(found[0].strength[1], expected[ranking], rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("effects", [[1.0, 0.01], [0.01, 1.0]])
+def test_layers_that_matter_get_more_neurons(effects: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two equal fractions the layer with the larger effect takes from the other; both keep what attention sinks need."""
+    dense, left = dense_model(), iter(effects)
+    monkeypatch.setattr(recipe_domains._Effects, "next", lambda *_: next(left))
+    even, budget = (
+        moecompile.plan(dense, ReadMe(distillation=QUICK, budget=kind, **SMALL), domains()) for kind in ("even", "effect")
+    )
+    width = dense.config.intermediate_size
+    working = [[len(site.shared) + len(site.experts[0]) for site in plan.sites] for plan in (even, budget)]
+    assert working[0] == [width // 2] * 2 and sum(working[1]) <= width
+    more, fewer = working[1] if effects[0] > effects[1] else working[1][::-1]
+    assert more > width // 2 > fewer
+    for plan in (even, budget):
+        assert moecompile.verify(moecompile.convert(dense, plan, keep_exact=True), dense, domains()["d0"][0]).exact
+
+
+def test_the_effect_of_a_layer_is_what_its_missing_neurons_do_to_the_output() -> None:
+    """Nothing where all neurons stay; the model's own divergence where they do not."""
+    dense, data = dense_model(), domains()
+    captured = capture(dense)
+    batches = [part[0] for part in data.values()]
+    context = Context(captured, match(captured).matches, batches, Progress(), 0, tuple(data), (0, 1, 2))
+    ffn = DenseFFN.read(context.matches[0].site, dense)
+    width = ffn.up.shape[0]
+    sums = recipe_domains._Sums(3, width)  # means of 0
+    with torch.no_grad():
+        everything = recipe_domains._Effects(context).next(ffn, torch.ones(3, width, dtype=torch.bool), sums)
+        nothing = recipe_domains._Effects(context).next(ffn, torch.zeros(3, width, dtype=torch.bool), sums)
+        windows = [batch["input_ids"][:1] for batch in batches]
+        reference = [dense(input_ids=ids).logits.log_softmax(-1) for ids in windows]
+        hook = dense.model.layers[0].mlp.register_forward_hook(lambda _m, _a, out: torch.zeros_like(out))
+        without = [dense(input_ids=ids).logits.log_softmax(-1) for ids in windows]
+        hook.remove()
+    expected = sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(reference, without, strict=True)) / 3
+    assert everything == pytest.approx(0.0, abs=1e-7) and nothing == pytest.approx(expected, rel=1e-4)
+
+
 # The plan
 
 
@@ -186,6 +225,7 @@ def test_same_seed_same_plan() -> None:
         ({"disjoint": True, "active_fraction": 0.5}, "--experts"),
         ({"disjoint": True, "experts": 4, "top_k": 4}, "choose"),
         ({"ranking": "size"}, "ranking"),
+        ({"budget": "odd"}, "budget"),
         ({"router_target": "amplitude"}, "--disjoint"),
         ({"compensation": "all"}, "compensation"),
         ({"router_width": 30, "router_heads": 4}, "multiple"),

@@ -80,7 +80,8 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--ranking",
         choices=("activation", "output", "variance"),
-        help="recipe read-me: neurons by mean |a| (the paper's), by mean |a| |w|, or by the variance of a, times |w|^2",
+        help="recipe read-me: neurons by mean |a| (the paper's), by mean |a| |w|, or by the variance of a, times |w|^2 "
+        "(default: variance)",
     )
     sub.add_argument("--own-table", action="store_const", const=True, help="recipe read-me: the router's own embedding table")
     sub.add_argument(

@@ -43,8 +43,8 @@ class ReadMe(Recipe):
         active_fraction: aligned: share of a layer's neurons that work for a domain, the shared ones included.
         disjoint: finer experts that do not overlap, and a decision for each layer.
         experts, shared, top_k: disjoint: N, S and K, equal slices of the dense width (default 48, 16, 16).
-        ranking: aligned: which neurons are a domain's, by ``activation`` (the paper's), ``output`` or ``variance``
-            (:func:`.domains.survey_domains`).
+        ranking: aligned: which neurons are a domain's, by ``variance``, ``output`` or ``activation`` (the paper's;
+            :func:`.domains.survey_domains`).
         budget: aligned: ``effect`` gives each layer its own number of working neurons, ``active_fraction`` on average, by what
             idle ones do to the model's output; ``even`` (the paper's) gives all the same.
         compensation: ``none`` (the paper's), ``means``, or ``refit``, for what idle neurons gave.
@@ -61,7 +61,7 @@ class ReadMe(Recipe):
     experts: int | None = None
     shared: int | None = None
     top_k: int | None = None
-    ranking: str = "activation"
+    ranking: str = "variance"
     budget: str = "effect"
     compensation: str = "refit"
     sinks: bool = True
