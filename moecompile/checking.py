@@ -92,7 +92,7 @@ def _worst(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """The largest difference; infinite where there is a NaN on one side only."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
-        different = (a - b).abs()[~(a.isnan() & b.isnan())]
+        different = (a - b).abs()[(a != b) & ~(a.isnan() & b.isnan())]  # infinities may be equal
         worst = max(worst, float(different.nan_to_num(nan=torch.inf).max()) if different.numel() else 0.0)
     return worst
 
@@ -118,7 +118,7 @@ class _Choices(Interpreter):
                     )
             else:
                 x, ids, up = args[0], args[1], args[3]
-            if up is not None:
+            if up is not None and ids is not None:
                 chosen = torch.zeros(len(x), len(up), dtype=torch.bool, device=x.device)
                 self.found.append((site_of(n), x, chosen.scatter_(1, ids.long(), True)))
         return super().run_node(n)

@@ -2,8 +2,8 @@
 
     M_i = the d neurons of the largest mean |a_j| over domain i;  shared = M_1 ∩ ... ∩ M_n;  expert i = M_i - shared
 
-All M_i have d neurons, so all experts of a layer have one width. Neurons of no mask go into spare experts
-that no router chooses, so that all experts on is still the dense model.
+All M_i have d neurons, so all experts of a layer have one width. Neurons of no mask go into spare experts that no router
+chooses, so that all experts on is still the dense model.
 """
 
 from __future__ import annotations
