@@ -68,6 +68,7 @@ VARIANTS = {
     "aligned": Variant("read-me, aligned, ranked as in the paper", ALIGNED),
     "aligned-variance": Variant("read-me, aligned, ranked by variance", VARIANCE),
     "aligned-budget": Variant("read-me, aligned, by variance, widths by layer", BUDGET),
+    "static-60": Variant("static", ("--recipe", "static", "--active-fraction", "0.599", "--compensation", "refit"), PLAIN),
     "calibrated-60": Variant(
         "calibrated, layer-wise", ("--recipe", "calibrated", "--experts", "96", "--shared", "32", "--top-k", "42")
     ),
