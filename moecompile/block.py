@@ -17,7 +17,7 @@ from .activations import Activation
 from .errors import PlanError
 from .ops import expert_ffn
 from .pregate import KIND, Routing
-from .routers import ROUTERS, straight_through
+from .routers import ROUTERS, cast, straight_through
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,6 @@ class ExactDown(nn.Module):
         shared = torch.zeros(spec.hidden_size, spec.shared_width)
         self.shared = nn.Parameter(shared, requires_grad=False) if spec.shared_width else None
         self.bias = nn.Parameter(torch.zeros(spec.hidden_size), requires_grad=False) if spec.bias else None
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A cast that leaves no node in a graph where it does nothing."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _joined(first: Tensor | None, second: Tensor) -> Tensor:
@@ -276,7 +271,7 @@ class MoEFFN(nn.Module):
             y = routed if y is None else y + routed
         if y is None:
             y = torch.zeros_like(x)
-        return y if self.bias is None else y + _as(self.bias, y.dtype)
+        return y if self.bias is None else y + cast(self.bias, y.dtype)
 
     def neurons_on(self, ids: Tensor) -> Tensor:
         """(T, F) bool in dense order: the neurons that work for tokens with these experts (T, K)."""

@@ -30,6 +30,11 @@ def straight_through(ids: Tensor, best: Tensor | None, dtype: torch.dtype) -> Te
     return weights + (p - p.detach())
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cast that leaves no node in a graph where it does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class Router(nn.Module):
     """Base of all routers: scores the experts, keeps the k best, binary gates.
 
@@ -73,11 +78,9 @@ class LinearRouter(Router):
 
     def scores(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, N)."""
-        if x.dtype == self.weight.dtype == _wide(x) and not torch.is_autocast_enabled(x.device.type):
-            return linear(x, self.weight, self.bias)
         dtype = _wide(x)
         with _exact(x):
-            return linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            return linear(cast(x, dtype), cast(self.weight, dtype), cast(self.bias, dtype))
 
 
 class RepresentativeRouter(Router):

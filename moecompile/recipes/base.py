@@ -65,6 +65,11 @@ class Context:
     domains: tuple[str, ...] = ()
     domain_of: tuple[int, ...] = ()
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many words a language model has logits for; None where its config says nothing."""
+        return getattr(getattr(self.captured.module, "config", None), "vocab_size", None)
+
 
 R = TypeVar("R", bound=Recipe)
 Planner = Callable[[Any, Context], MoEPlan]

@@ -136,7 +136,7 @@ class _Effects:
         self._domains = sorted(set(whose))
         windows = [_first_window(context, context.batches[whose.index(domain)]) for domain in self._domains]
         self._stream = Stream(context.captured, context.matches, windows)
-        self._vocabulary = getattr(getattr(context.captured.module, "config", None), "vocab_size", None)
+        self._vocabulary = context.vocabulary
         self._dense: list[Divergence] = []
         self._number = 0
 

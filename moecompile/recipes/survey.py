@@ -54,7 +54,6 @@ def survey(context: Context, experts: int, shared: int, top_k: int, budget: str,
     """
     dial = levels(experts, top_k) if budget == "effect" and len(context.matches) > 1 else [top_k]
     stream = Stream(context.captured, context.matches, _first(context.batches))
-    vocabulary = getattr(getattr(context.captured.module, "config", None), "vocab_size", None)
     divergence: Divergence | None = None
     splits, curves = [], []
     for number, match in enumerate(context.progress.over(context.matches, "surveying")):
@@ -68,7 +67,7 @@ def survey(context: Context, experts: int, shared: int, top_k: int, budget: str,
         if len(dial) > 1:
             if divergence is None:
                 first = ffn.output(ffn.hidden(inputs[0].reshape(-1, inputs[0].shape[-1])))
-                divergence = Divergence(stream.outputs(0, first.reshape(inputs[0].shape)), vocabulary)
+                divergence = Divergence(stream.outputs(0, first.reshape(inputs[0].shape)), context.vocabulary)
             curves.append(_curve(stream, split, ffn, x, hidden, y.float(), inputs[0], dial, divergence))
         stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
     if len(dial) == 1:
