@@ -1,6 +1,6 @@
 """Read-ME beside what it has to beat, at equal active fraction and equal tuning tokens: perplexity by domain of text.
 
-    python benchmarks/read_me.py --domains TEXT... [--text WIKITEXT] [--tokens 49152] [--only dense static aligned] \\
+    python benchmarks/read_me.py --domains TEXT... [--text WIKITEXT] [--tokens 98304] [--only dense static aligned] \\
         [--work FOLDER] [--output benchmarks/results/read_me.json]
 
 The last tenth of each text is held out: conversions are calibrated and models tuned on what stands before it, and windows of
@@ -101,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--domains", nargs="+", default=[str(DATA / f"{name}.txt") for name in NAMES])
     made.add_argument("--text", default=str(DATA / "wikitext2_test_head.txt"), help="evaluation text, 8 windows of 1,024")
     made.add_argument("--windows", type=int, default=6, help="held-out windows of 512 tokens per domain (default: 6)")
-    made.add_argument("--tokens", type=int, default=49152, help="tuning tokens of each variant (default: 49152)")
+    made.add_argument("--calibration-tokens", type=int, default=40960, help="of each conversion (default: 40960)")
+    made.add_argument("--tokens", type=int, default=98304, help="tuning tokens of each variant (default: 98304)")
     made.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
                       help=f"of: {', '.join(VARIANTS)}")  # fmt: skip
     made.add_argument("--untuned", action="store_true", help="only the rows before tuning")
@@ -131,6 +132,7 @@ def main() -> None:
             folder = options.work / (variant.start or name)
             if not variant.start:
                 convert = [options.model, str(folder), *variant.convert, "--seed", str(options.seed), "--overwrite"]
+                convert += ["--calibration-tokens", str(options.calibration_tokens)]
                 done(options, folder, ["convert", *convert, "--calibration", *map(str, texts)])
                 row(options, name, False, folder)
             if not options.untuned:
@@ -187,6 +189,7 @@ def row(options: argparse.Namespace, name: str, tuned: bool, folder: Path) -> No
     """Measure a folder in a process of its own and keep the row, unless it is there."""
     record = read(options.output)
     key = {"variant": name, "tuned": tuned, "tokens": options.tokens if tuned else 0, "seed": options.seed}
+    key["calibration_tokens"] = options.calibration_tokens
     if any(all(one[part] == key[part] for part in key) for one in record["rows"]):
         return
     say(f"measuring {folder}")
@@ -241,16 +244,21 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record.get('model')}: perplexity on {record.get('windows')} held-out windows of 512 tokens per domain and on 8 of "
         f"1,024 of {record.get('text')}. Computed: FLOPs of FFNs and routers over the dense FFNs'.",
         "",
-        f"| | tuned on | computed | {' | '.join(names)} | mean | WikiText-2 |",
-        f"|---|---|---|{'---|' * len(names)}---|---|",
+        f"| | calibrated on | tuned on | seed | computed | {' | '.join(names)} | mean | WikiText-2 |",
+        f"|---|---|---|---|---|{'---|' * len(names)}---|---|",
     ]
     order = {name: number for number, name in enumerate(VARIANTS)}
-    for one in sorted(record["rows"], key=lambda one: (one["tokens"], order.get(one["variant"], 99), one["seed"])):
+
+    def place(one: dict[str, Any]) -> tuple[int, ...]:
+        return one["tokens"], one["calibration_tokens"], order.get(one["variant"], 99), one["seed"]
+
+    for one in sorted(record["rows"], key=place):
         values = [one["perplexity"][name] for name in names]
         mean = math.exp(sum(map(math.log, values)) / len(values))
         label = VARIANTS[one["variant"]].label if one["variant"] in VARIANTS else one["variant"]
         cells = " | ".join(f"{value:.2f}" for value in [*values, mean, one["wikitext2"]])
-        lines.append(f"| {label} | {one['tokens'] or '-'} | {one['computed']:.1%} | {cells} |")
+        settings = f"{one['calibration_tokens']} | {one['tokens'] or '-'} | {one['seed']}"
+        lines.append(f"| {label} | {settings} | {one['computed']:.1%} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -109,9 +109,9 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--calibration-tokens",
         type=int,
-        default=16384,
+        default=40960,
         metavar="T",
-        help="tokens in all, shared equally among the files (default: 16384)",
+        help="tokens in all, shared equally among the files (default: 40960)",
     )
     sub.add_argument("--calibration-window", type=int, default=512, metavar="L", help="tokens per window (default: 512)")
     sub.add_argument("--keep-exact", action="store_true", help="keep the dense down projection beside a refitted one")

@@ -18,6 +18,7 @@ The last step lets each layer repair part of what the layers before it broke. do
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +39,7 @@ from .survey import BUDGETS, Split, survey
 # own outputs are tiny and their drift is hundreds of times larger; unclipped it took over the regression on one seed
 # (perplexity 108 instead of 68).
 _DRIFT_LIMIT = 4.0
-_CHUNK = 8192
+_CHUNK = 4096  # tokens at a time: what they need stays in the caches
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
         ffn = DenseFFN.read(match.site, context.captured.module)
         x_dense = dense_stream.tokens(number, dense_stream.inputs(number)).float()
         x = moe_stream.tokens(number, moe_stream.inputs(number)).float()
-        y = torch.cat([ffn.output(ffn.hidden(part.to(ffn.up.dtype))).float() for part in x_dense.split(_CHUNK)])
+        y = in_chunks(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), x_dense, ffn.site.hidden_size, ffn.up.dtype)  # type: ignore[misc]
         del x_dense
         target = y
         if recipe.drift and match.residual is not None:
@@ -99,6 +100,14 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
         dense_stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
         moe_stream.feed(build_block(planned, fitted, ffn).eval(), own)
     return MoEPlan(recipe.name, recipe.settings(), tuple(sites), tensors)
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """``function``, (tokens, D) -> (tokens, width), of x (T, D) cast to ``dtype``; float32."""
+    found = torch.empty(len(x), width, device=x.device)
+    for start in range(0, len(x), _CHUNK):
+        found[start : start + _CHUNK] = function(x[start : start + _CHUNK].to(dtype))
+    return found
 
 
 def clipped(correction: Tensor, output: Tensor) -> Tensor:
@@ -125,7 +134,7 @@ def _plan_site(
         return planned, {}, 0.0, None
     down = ffn.down.float()
     bias = None if ffn.down_bias is None else ffn.down_bias.float()
-    hidden = torch.cat([ffn.hidden(part.to(ffn.up.dtype)).float() for part in x.split(_CHUNK)])  # [T, F]
+    hidden = in_chunks(ffn.hidden, x, site.intermediate_size, ffn.up.dtype)
     weights = token_weights(torch.maximum(y.norm(dim=1), target.norm(dim=1)))
     fitted: dict[str, Tensor] = {}
     chosen = torch.zeros(len(x), len(experts), dtype=torch.bool, device=x.device)

@@ -24,14 +24,13 @@ from ..sites import DenseFFN
 from ..stream import Stream
 from ..targets import collect_targets, membership
 from .base import Context, Recipe, check_counts, check_fraction, planner
-from .calibrated import clipped, masked_outputs
+from .calibrated import clipped, in_chunks, masked_outputs
 from .domains import RANKINGS, domain_experts, survey_domains
 from .neurons import token_weights
 from .refit import Mask, idle_means, refit_down
 from .survey import BUDGETS, split_neurons
 
 _DISJOINT = (48, 16, 16)
-_CHUNK = 8192
 _DRIFT = 0.6  # as of `calibrated`
 
 
@@ -251,8 +250,8 @@ def _compensated(
         site, ffn = sites[number], DenseFFN.read(match.site, context.captured.module)
         x_dense = dense_stream.tokens(number, dense_stream.inputs(number)).float()
         x = moe_stream.tokens(number, moe_stream.inputs(number)).float()
-        y = torch.cat([ffn.output(ffn.hidden(part.to(ffn.up.dtype))).float() for part in x_dense.split(_CHUNK)])
-        hidden = torch.cat([ffn.hidden(part.to(ffn.up.dtype)).float() for part in x.split(_CHUNK)])
+        y = in_chunks(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), x_dense, match.site.hidden_size, ffn.up.dtype)  # type: ignore[misc]
+        hidden = in_chunks(ffn.hidden, x, match.site.intermediate_size, ffn.up.dtype)
         target = y
         if match.residual is not None:
             drift = dense_stream.residual(number).sub_(moe_stream.residual(number))
