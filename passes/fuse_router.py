@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from .. import lowered
 from .base import PassResult, clone
 from .match_experts import moe_nodes, operands_of
-from .nodes import argument, erase_unread, inherit, meaning, site_of, tensor_of, through_casts, written
+from .nodes import argument, erase_unread, inherit, meaning, record_value, site_of, tensor_of, through_casts, written
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _replace(result: GraphModule, found: Router, step: str) -> None:
         inherit(route, found.topk, step)
         values = tensor_of(found.weights) if found.weights is not None else None
         chosen = tensor_of(found.ids)
-        route.meta["example_value"] = route.meta["val"] = (chosen, values)
+        record_value(route, (chosen, values))
         ids = inherit(graph.call_function(operator.getitem, (route, 0)), found.ids, step)
         found.ids.replace_all_uses_with(ids)
         if found.weights is not None:

@@ -30,6 +30,7 @@ from .nodes import (
     erase_unread,
     inherit,
     meaning,
+    record_value,
     site_of,
     tensor_of,
     through_reshapes,
@@ -126,7 +127,7 @@ class HoistRouter:
                 before = tensor_of(weights)
                 with graph.inserting_before(reader.node):
                     weights = graph.call_function(aten.ones_like.default, (view,), {"dtype": before.dtype})  # type: ignore[union-attr]
-                weights.meta["val"] = weights.meta["example_value"] = before
+                record_value(weights, before)
                 inherit(weights, reader.node, self.name)
             _read(reader.node, view, weights)
         for new in (scores, topk, ids):
@@ -297,7 +298,7 @@ def _view(graph: Graph, source: Node, layer: int | None, own: int, k: int, step:
 def _value(node: Node, compute: Any) -> None:
     """The fake value of a new node, where those of its operands are known."""
     try:
-        node.meta["val"] = node.meta["example_value"] = compute()
+        record_value(node, compute())
     except (TypeError, AttributeError, KeyError):  # an operand was traced without values
         return
 

@@ -19,7 +19,7 @@ from .. import lowered
 from .base import PassResult, clone
 from .fuse_router import Router, find_router
 from .hoist_router import readers_of
-from .nodes import inherit, site_of, tensor_of, through_casts
+from .nodes import inherit, record_value, site_of, tensor_of, through_casts
 
 
 class PredictExperts:
@@ -88,8 +88,8 @@ def _predict(result: GraphModule, router: Router, x: Node, reader: Node, step: s
     chosen, value = tensor_of(router.ids), tensor_of(x)
     if chosen is not None and value is not None:
         fake = chosen.new_empty(chosen.shape, dtype=torch.long)
-        route.meta["val"] = route.meta["example_value"] = (fake, value.new_empty(chosen.shape, dtype=torch.float32))
-        ids.meta["val"] = ids.meta["example_value"] = fake
+        record_value(route, (fake, value.new_empty(chosen.shape, dtype=torch.float32)))
+        record_value(ids, fake)
     for node in (route, ids):
         inherit(node, node, step, router.topk)
     return ids

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from .. import lowered
 from .base import PassResult, clone
 from .match_experts import moe_nodes, operands_of, set_operands
-from .nodes import inherit, tensor_of, written
+from .nodes import inherit, record_value, tensor_of, written
 
 
 class ShareDispatch:
@@ -50,7 +50,7 @@ class ShareDispatch:
                 flat = chosen.new_empty(chosen.shape[0] * chosen.shape[1], dtype=torch.long)
                 values = (flat, chosen.new_empty(experts + 1, dtype=torch.long))
                 for new, value in ((dispatch, values), (order, values[0]), (offsets, values[1])):
-                    new.meta["example_value"] = new.meta["val"] = value
+                    record_value(new, value)
             for new in (dispatch, order, offsets):
                 inherit(new, ids, self.name, *nodes)
             for node in nodes:

@@ -15,6 +15,7 @@ from moecompile.codegen import cpu
 from torch import Tensor, nn
 
 import moecompile
+from moecompile.checking import _worst
 from moecompile.compiled import compilation_of
 from moecompile.errors import CompileError, InputError, ParityError, PlanError
 from moecompile.lowered import _told
@@ -386,6 +387,18 @@ def test_verification_excuses_a_choice_that_rounding_turned(monkeypatch: pytest.
     fast = without_inductor(moecompile.compile(moe, verify=True))
     assert (logits(fast) - logits(moe)).abs().max() > 1e-3
     assert calls and moecompile.last_graphs(fast)[-1].ties > 0
+
+
+def test_verification_sees_behind_a_nan() -> None:
+    nan, inf = float("nan"), float("inf")
+    theirs = torch.tensor([[nan, 1.0], [inf, -inf]])
+    assert _worst([theirs], [theirs.clone()]) == 0.0
+    changes = (((0, 1), 1.5, 0.5), ((0, 0), 1.0, inf), ((0, 1), nan, inf), ((1, 0), -inf, inf), ((1, 1), 0.0, inf))
+    for at, value, expected in changes:
+        ours = theirs.clone()
+        ours[at] = value
+        assert _worst([ours], [theirs]) == expected
+    assert _worst([theirs[:0]], [theirs[:0]]) == 0.0
 
 
 def test_verification_finds_what_is_wrong_outside_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..explanation import explain
 from ..hub import load_dense, local_path
 from . import command
-from .common import checkpoint, progress_of
+from .common import checkpoint, device_of, progress_of
 
 
 def add(commands: Any) -> None:
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         )
     progress = progress_of(options)
     progress.say(f"loading {options.model}")
-    model = load_dense(options.model, trust_remote_code=options.trust_remote_code)
+    model = load_dense(options.model, trust_remote_code=options.trust_remote_code).to(device_of(options))  # type: ignore[arg-type]
     progress.say("capturing")
     explanation = explain(model)
     return {"json": explanation.to_dict(), "text": str(explanation)}
