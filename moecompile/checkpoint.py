@@ -21,6 +21,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .apply import install
@@ -121,6 +122,13 @@ def _moe_class(base: type[PreTrainedModel], front: bool) -> type[PreTrainedModel
     return type(base.__name__, (MoEModelMixin, base), own)
 
 
+@cache
+def _front_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A module's class with a router at its front."""
+    own = {"__module__": base.__module__, "__qualname__": base.__qualname__, "forward": pregated(base), "moecompile_base": base}
+    return type(base.__name__, (base,), own)
+
+
 def _bare(base: type[PreTrainedModel], front: bool) -> PreTrainedModel:
     """A converted model without its attributes, which follow."""
     kind = _moe_class(cast(Hashable, base), front)
@@ -135,6 +143,8 @@ def adopt(model: nn.Module, plan: MoEPlan, record: Mapping[str, Any] | None = No
         base = type(model).__bases__[1] if isinstance(model, MoEModelMixin) else type(model)
         # cast: mypy takes the instances' __hash__ for that of the class
         model.__class__ = _moe_class(cast(Hashable, base), plan.pregate is not None)
+    elif plan.pregate is not None and not isinstance(model, GraphModule):  # (in a graph the router is a node)
+        model.__class__ = _front_class(cast(Hashable, getattr(type(model), "moecompile_base", type(model))))
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from .checkpoint import adopt
 from .costs import dense_costs, moe_costs
 from .diagnose import layer_rows
 from .errors import CaptureError, InputError, MatchError, PlanError
-from .front import deciding, front_of
+from .front import attach_to_graph, deciding, front_of
 from .match import Match, Matched, match
 from .parity import check_parity, check_routing, evaluating
 from .passes import SplitFFN, run_passes
 from .passes.split_ffn import block_path
 from .plans import MoEPlan
 from .progress import Progress
+from .reading import token_input
 from .recipes import Recipe, make_plan
 from .recipes.base import Context
 from .sites import DenseFFN, tensors_by_name
@@ -308,15 +309,24 @@ def matches_of(the_plan: MoEPlan, matched: Matched) -> Matched:
 
 def _assemble(model: nn.Module, captured: Captured, matched: Matched, the_plan: MoEPlan, form: str, inplace: bool) -> nn.Module:
     blocks = build_blocks(model, the_plan)
-    if form == "graph" and the_plan.pregate is not None:
-        raise MatchError("a router at the front goes into the live module; form='graph' has no place for it yet")
     if form == "graph":
         for block in blocks:
             block.train(model.training)
         rewritten = run_passes(captured.graph_module, [SplitFFN(matched.matches, blocks)]).graph_module
+        if the_plan.pregate is not None:
+            attach_to_graph(rewritten, _reading(the_plan, captured), blocks)
         return GraphModule(rewritten, rewritten.graph)  # its Python code is written now, so that TorchDynamo can trace it
     target = model if inplace else copy_but_ffns(model, the_plan)
     return install(target, the_plan, blocks)
+
+
+def _reading(the_plan: MoEPlan, captured: Captured) -> MoEPlan:
+    """The plan of a router at the front, with the place where it finds token ids in a graph."""
+    found = token_input(captured)
+    if isinstance(found, str):
+        raise MatchError(f"a pre-gating router reads token ids before the first layer: {found}")
+    assert the_plan.pregate is not None
+    return replace(the_plan, pregate=replace(the_plan.pregate, argument=found.argument, embedding=found.embedding))
 
 
 def copy_but_ffns(model: nn.Module, the_plan: MoEPlan) -> nn.Module:

@@ -11,16 +11,17 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
-from .capture import normalise_inputs
 from .errors import InputError, MatchError
 from .pregate import KIND, PreGateSpec, PreGatingRouter, Routing, RoutingPlan, positions_of
+from .reading import IDS, MASK, embedder, ids_and_mask, refusal
 
 if TYPE_CHECKING:
     from .block import MoEFFN
@@ -67,9 +68,12 @@ class PreGate(nn.Module):
         Raises:
             InputError: there are no token ids, or the cache was not filled by this model.
         """
-        ids = inputs.get("input_ids")
+        ids = inputs.get(self.router.spec.argument or IDS)
         if ids is None:
-            raise InputError("the pre-gating router reads token ids: call the model with input_ids, not with inputs_embeds")
+            name = self.router.spec.argument or f"{IDS}, not with inputs_embeds"
+            raise InputError(f"the pre-gating router reads token ids: call the model with {name}")
+        if self.router.spec.argument:
+            self._check_others(inputs)
         cache = inputs.get("past_key_values")
         wanted = inputs.get("use_cache")
         wanted = model.config.use_cache if wanted is None and caches else wanted  # type: ignore[union-attr]
@@ -92,11 +96,35 @@ class PreGate(nn.Module):
         positions = positions_of(batch, length, past, keys, mask, index, ids.device)
         return self.router.hidden(self.tokens(model, ids), positions, layer)
 
+    def _check_others(self, inputs: Mapping[str, Any]) -> None:
+        """A model that is none of transformers may take a cache of its own, of which the router would know nothing."""
+        for name, value in inputs.items():
+            known = name in (self.router.spec.argument, MASK) or value is None or isinstance(value, (bool, int, float, str))
+            if not known:
+                raise InputError(f"the pre-gating router does not know what '{name}' holds; it reads whole texts of token ids")
+
     def tokens(self, model: nn.Module, ids: Tensor) -> Tensor:
         """What the router reads for (B, S) ids: the model's embeddings (B, S, E), without gradients, or the ids themselves."""
-        if self.router.spec.vocabulary:
-            return ids
-        return cast(nn.Module, model.get_input_embeddings())(ids).detach()  # type: ignore[operator]
+        return embedder(model, self.router.spec)(ids)
+
+    def forward(self, ids: Tensor, mask: Tensor | None, table: Tensor | None) -> Tensor:
+        """Decide within a graph, which has no forward of a model around it.
+
+        Args:
+            ids: (B, S).
+            mask: (B, S) of real tokens.
+            table: (V, E) that embeds ids; None where the router has its own.
+
+        Returns:
+            The ids; what reads them comes behind the decision.
+        """
+        k = self.routing.wanted()
+        if k:
+            batch, length = ids.shape
+            positions = positions_of(batch, length, 0, length, mask, None, ids.device)
+            tokens = ids if table is None else nn.functional.embedding(ids, table).detach()
+            self.routing.plan = self._plan(self.router.hidden(tokens, positions), k)
+        return ids
 
     def _plan(self, hidden: Tensor, k: int) -> RoutingPlan:
         best, ids = torch.topk(self.router.scores(hidden), k, dim=-1)
@@ -135,7 +163,7 @@ def pregated(base: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a class with a router at its front."""
     inner = base.forward
     names = list(inspect.signature(inner).parameters)[1:]
-    caches = "past_key_values" in names
+    caches = "past_key_values" in names and issubclass(base, PreTrainedModel)
 
     @functools.wraps(inner)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,17 +178,17 @@ def pregated(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def refusal(model: nn.Module) -> str:
-    """Why a model can have no router at its front; empty where it can."""
-    if not isinstance(model, PreTrainedModel):
-        return f"{type(model).__name__} is not a transformers model"
-    if getattr(model, "main_input_name", "") != "input_ids":
-        return f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'something else')}, not token ids"
-    if getattr(model.config, "is_encoder_decoder", False):
-        return f"{type(model).__name__} reads two texts, and its encoder's layers another one than its decoder's"
-    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):
-        return f"{type(model).__name__} has no input embedding"
-    return ""
+class Forget(nn.Module):
+    """The end of a step in a graph: an output on its way out, and the plan is gone."""
+
+    def __init__(self, routing: Routing) -> None:
+        super().__init__()
+        self.routing = routing
+
+    def forward(self, output: Any) -> Any:
+        """``output`` as it is."""
+        self.routing.plan = None
+        return output
 
 
 def attach(model: nn.Module, plan: MoEPlan, blocks: Sequence[MoEFFN]) -> PreGate:
@@ -170,21 +198,51 @@ def attach(model: nn.Module, plan: MoEPlan, blocks: Sequence[MoEFFN]) -> PreGate
         MatchError: the model gives it nothing to read.
     """
     assert plan.pregate is not None
-    reason = refusal(model)
+    own = isinstance(model, PreTrainedModel)
+    reason = refusal(model) if own else ""
+    if not own and not plan.pregate.argument:
+        reason = f"the plan does not say where {type(model).__name__} takes them"
     if reason:
         raise MatchError(f"a pre-gating router reads token ids before the first layer: {reason}")
     routing = Routing()
     for number, block in enumerate(blocks):
         block.connect(routing, number)
-    config: Any = cast(PreTrainedModel, model).config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = 0
+    if own:
+        config: Any = model.config
+        layers = int((config.get_text_config() if hasattr(config, "get_text_config") else config).num_hidden_layers)
     like = blocks[0].experts.down_proj
-    front = PreGate(plan.pregate, routing, int(config.num_hidden_layers)).to(device=like.device, dtype=like.dtype)
+    front = PreGate(plan.pregate, routing, layers).to(device=like.device, dtype=like.dtype)
     fitted = plan.site_tensors(KIND)
     if fitted:
         front.router.load_state_dict(fitted)
     model.pregate = front.train(model.training)
     return front
+
+
+def attach_to_graph(graph_module: GraphModule, plan: MoEPlan, blocks: Sequence[MoEFFN]) -> None:
+    """Put the plan's router at the front of a graph, as its first node; the last one forgets the decision.
+
+    Raises:
+        MatchError: as :func:`attach`.
+    """
+    front = attach(graph_module, plan, blocks)
+    graph_module.pregate_end = Forget(front.routing)
+    graph, spec = graph_module.graph, front.router.spec
+    inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    ids, output = inputs[spec.argument], next(node for node in graph.nodes if node.op == "output")
+    with graph.inserting_after(list(inputs.values())[-1]):
+        table = None if spec.vocabulary else graph.get_attr(spec.embedding)
+    with graph.inserting_after(list(inputs.values())[-1] if table is None else table):
+        decided = graph.call_module("pregate", (ids, inputs.get(MASK), table))
+    ids.replace_all_uses_with(decided, delete_user_cb=lambda user: user is not decided)
+    with graph.inserting_before(output):
+        ended = graph.call_module("pregate_end", (output.args[0],))
+    output.args = (ended,)
+    for new, old in ((decided, ids), (ended, output)):
+        new.meta = dict(old.meta)
+    graph.lint()
+    graph_module.recompile()
 
 
 def front_of(model: nn.Module) -> PreGate | None:
@@ -207,10 +265,8 @@ def decide(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
     front = front_of(model)
     if front is None:
         raise InputError("the model has no pre-gating router")
-    args, kwargs = normalise_inputs(model, inputs)
-    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    mask = kwargs.get("attention_mask")
-    scores = front.router.scores(front._hidden(model, ids, mask, kwargs.get("position_ids"), None))
+    ids, mask, named = ids_and_mask(model, inputs, front.router.spec.argument)
+    scores = front.router.scores(front._hidden(model, ids, mask, named.get("position_ids"), None))
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.dim() != 2 else mask.bool()
     return scores, real.reshape(-1)
 

@@ -38,6 +38,8 @@ class PreGateSpec:
         mlp_width: of the two-matrix SiLU MLP.
         rope_theta: base of the rotary angles.
         eps: of RMSNorm.
+        argument, embedding: where token ids come in, and the parameter that embeds them
+            (:class:`moecompile.reading.TokenInput`); empty for a transformers model, which says so itself.
     """
 
     experts: int
@@ -49,6 +51,8 @@ class PreGateSpec:
     mlp_width: int = 512
     rope_theta: float = 10000.0
     eps: float = 1e-6
+    argument: str = ""
+    embedding: str = ""
 
     def __post_init__(self) -> None:
         sizes = (self.experts, self.input_width, self.groups, self.width, self.heads, self.mlp_width)
@@ -69,7 +73,7 @@ class PreGateSpec:
             PlanError: it is not readable.
         """
         try:
-            kinds: dict[str, Any] = {"rope_theta": float, "eps": float}
+            kinds: dict[str, Any] = {"rope_theta": float, "eps": float, "argument": str, "embedding": str}
             return cls(**{name: kinds.get(name, int)(value) for name, value in data.items()})
         except (TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"the plan's pre-gating router is not readable ({type(error).__name__}: {error})") from error

@@ -18,6 +18,7 @@ from .capture import Captured
 from .errors import InputError
 from .match import Match
 from .progress import Progress
+from .reading import ids_and_mask
 from .sites import DenseFFN
 from .stream import Stream
 
@@ -58,6 +59,7 @@ def collect_targets(
     aligned: bool,
     active: float = 0.5,
     target: str = "overlap",
+    argument: str = "input_ids",
     progress: Progress | None = None,
 ) -> Targets:
     """Run the dense model over batches, a few at a time, and count.
@@ -65,10 +67,11 @@ def collect_targets(
     Args:
         captured: the dense model.
         matches: its FFNs.
-        batches: model inputs with ``input_ids`` (B, S), all of one length, without padding.
+        batches: model inputs with token ids (B, S), all of one length, without padding.
         members: for each FFN (F, N), 1 where a neuron belongs to an expert.
         aligned: sum over the layers.
         active: share of the neurons that counts as activated.
+        argument: the model's name for its token ids.
         target: ``overlap``, or ``amplitude`` (not of aligned ids).
 
     Raises:
@@ -77,7 +80,7 @@ def collect_targets(
     """
     if aligned and target == "amplitude":
         raise InputError("amplitudes are a target for a decision per layer; aligned ids learn overlaps")
-    windows = [_windows(batch) for batch in batches]
+    windows = [_windows(captured, batch, argument) for batch in batches]
     lengths = {rows.shape[1] for rows in windows}
     if len(lengths) != 1:
         raise InputError(f"the router's training windows must have one length, not {sorted(lengths)}")
@@ -91,7 +94,7 @@ def collect_targets(
     progress = progress or Progress()
     for group in progress.over(_grouped(batches, windows), "router targets"):
         stream = Stream(captured, matches, group)
-        count = sum(len(_windows(batch)) for batch in group)
+        count = sum(len(_windows(captured, batch, argument)) for batch in group)
         for number, (match, inputs) in enumerate(stream):
             dense = DenseFFN.read(match.site, captured.module)
             hidden = dense.hidden(stream.tokens(number, inputs))
@@ -135,11 +138,10 @@ def membership(experts: Sequence[Sequence[int]], width: int) -> Tensor:
     return member
 
 
-def _windows(batch: Any) -> Tensor:
-    ids = batch.get("input_ids") if isinstance(batch, dict) else batch
+def _windows(captured: Captured, batch: Any, argument: str) -> Tensor:
+    ids, mask, _ = ids_and_mask(captured.module, batch, argument)
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise InputError("the router reads token ids: calibration batches must hold input_ids (batch, length)")
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        raise InputError(f"the router reads token ids: calibration batches must hold {argument} (batch, length)")
     if isinstance(mask, Tensor) and not bool(mask.all()):
         raise InputError("the router is trained on windows without padding")
     return ids

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .conversion import find_ffns, matches_of
 from .distil import Distillation, distil
@@ -17,7 +18,7 @@ from .front import front_of
 from .parity import evaluating
 from .plans import MoEPlan
 from .progress import Progress
-from .recipes.read_me import embedder
+from .reading import IDS, embedder
 from .targets import Targets, collect_targets, membership
 
 
@@ -41,13 +42,14 @@ def router_targets(
     front, plan = front_of(moe), getattr(moe, "moecompile_plan", None)
     if front is None or not isinstance(plan, MoEPlan):
         raise InputError("the model has no pre-gating router to teach")
-    captured, matched = find_ffns(dense)
+    batches = list(batches)
+    captured, matched = find_ffns(dense, None if isinstance(dense, PreTrainedModel) else batches[0])
     matches = matches_of(plan, matched).matches
     members = [membership(s.choosable, s.site.intermediate_size) for s in plan.sites]
     with evaluating(dense):
         return collect_targets(
-            captured, matches, list(batches), members, aligned=front.router.spec.groups == 1, active=active, target=target,
-            progress=progress,
+            captured, matches, batches, members, aligned=front.router.spec.groups == 1, active=active, target=target,
+            argument=front.router.spec.argument or IDS, progress=progress,
         )  # fmt: skip
 
 
@@ -82,9 +84,7 @@ def distil_front(
     for parameter in router.parameters():
         parameter.requires_grad_(True)
     with torch.enable_grad():
-        learnt = distil(
-            router, embedder(moe, bool(router.spec.vocabulary)), targets, options, seed=seed, state=state, progress=progress
-        )
+        learnt = distil(router, embedder(moe, router.spec), targets, options, seed=seed, state=state, progress=progress)
     with torch.no_grad():
         for name, parameter in front.router.named_parameters():
             parameter.copy_(router.get_parameter(name))

@@ -7,19 +7,19 @@ activates (distil.py), and the down projections are refitted for what the router
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..apply import build_block
 from ..distil import Distillation, distil
 from ..errors import InputError, MatchError, PlanError
-from ..front import refusal
 from ..plans import BIAS, DOWN, MEANS, MoEPlan, SitePlan
 from ..pregate import PreGateSpec, PreGatingRouter
+from ..reading import TokenInput, embedder, ids_and_mask, token_input
 from ..sites import DenseFFN
 from ..stream import Stream
 from ..targets import collect_targets, membership
@@ -126,13 +126,12 @@ class ReadMe(Recipe):
 @planner(ReadMe)
 def plan_read_me(recipe: ReadMe, context: Context) -> MoEPlan:
     """Split every FFN on the dense model, distil the router, then compensate in order on the converted prefix."""
-    model = context.captured.module
-    reason = refusal(model)
-    if reason:
-        raise MatchError(f"read-me has a router that reads token ids before the first layer: {reason}")
+    reads = token_input(context.captured)
+    if isinstance(reads, str):
+        raise MatchError(f"read-me has a router that reads token ids before the first layer: {reads}")
     sites = _disjoint_sites(recipe, context) if recipe.disjoint else _aligned_sites(recipe, context)
     members = [membership(s.choosable, s.site.intermediate_size) for s in sites]
-    router, learnt = _router(recipe, context, members)
+    router, learnt = _router(recipe, context, members, reads)
     tensors: dict[str, Tensor] = {}
     if recipe.compensation != "none":
         sites, tensors = _compensated(recipe, context, sites, members, router)
@@ -180,18 +179,13 @@ def _disjoint_sites(recipe: ReadMe, context: Context) -> list[SitePlan]:
     return sites
 
 
-def embedder(model: nn.Module, own_table: bool) -> Callable[[Tensor], Tensor]:
-    """What a router reads for (B, S) ids: the model's frozen embeddings (B, S, E) in float32, or the ids themselves."""
-    if own_table:
-        return lambda ids: ids
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return lambda ids: table(ids.to(table.weight.device)).detach().float()
-
-
-def _router(recipe: ReadMe, context: Context, members: list[Tensor]) -> tuple[PreGatingRouter, dict[str, Any]]:
+def _router(
+    recipe: ReadMe, context: Context, members: list[Tensor], reads: TokenInput
+) -> tuple[PreGatingRouter, dict[str, Any]]:
     """A distilled router, and what was measured on windows that it did not see."""
-    model: Any = context.captured.module
-    table = model.get_input_embeddings().weight
+    model = context.captured.module
+    table = model.get_parameter(reads.embedding)
+    own = isinstance(model, PreTrainedModel)
     spec = PreGateSpec(
         experts=members[0].shape[1],
         input_width=int(table.shape[1]),
@@ -200,17 +194,19 @@ def _router(recipe: ReadMe, context: Context, members: list[Tensor]) -> tuple[Pr
         width=recipe.router_width,
         heads=recipe.router_heads,
         mlp_width=recipe.router_mlp,
+        argument="" if own else reads.argument,
+        embedding="" if own else reads.embedding,
     )
     targets = collect_targets(
         context.captured, context.matches, context.batches, members, aligned=not recipe.disjoint,
-        active=recipe.training.active, target=recipe.training.target, progress=context.progress,
+        active=recipe.training.active, target=recipe.training.target, argument=reads.argument, progress=context.progress,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(context.seed)
         router = PreGatingRouter(spec).to(table.device)
         learnt = distil(
             router,
-            embedder(model, recipe.own_table),
+            embedder(model, spec),
             targets,
             recipe.training,
             seed=context.seed,
@@ -232,8 +228,9 @@ def _router(recipe: ReadMe, context: Context, members: list[Tensor]) -> tuple[Pr
 @torch.no_grad()
 def _choices(recipe: ReadMe, context: Context, router: PreGatingRouter, top_k: int) -> Tensor:
     """(T, K) or (T, L, K): what the router chooses on the calibration tokens, in order."""
-    embed = embedder(context.captured.module, recipe.own_table)
-    parts = [router(embed(batch["input_ids"] if isinstance(batch, dict) else batch)) for batch in context.batches]
+    model = context.captured.module
+    embed = embedder(model, router.spec)
+    parts = [router(embed(ids_and_mask(model, batch, router.spec.argument)[0])) for batch in context.batches]
     return torch.cat(parts).topk(top_k, dim=-1).indices
 
 
