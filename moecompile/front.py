@@ -179,13 +179,13 @@ def pregated(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 class Forget(nn.Module):
-    """The end of a step in a graph: an output on its way out, and the plan is gone."""
+    """The end of a step in a graph: as an output goes out, the plan is gone."""
 
     def __init__(self, routing: Routing) -> None:
         super().__init__()
         self.routing = routing
 
-    def forward(self, output: Any) -> Any:
+    def forward(self, output: Tensor) -> Tensor:
         """``output`` as it is."""
         self.routing.plan = None
         return output
@@ -236,10 +236,11 @@ def attach_to_graph(graph_module: GraphModule, plan: MoEPlan, blocks: Sequence[M
     with graph.inserting_after(list(inputs.values())[-1] if table is None else table):
         decided = graph.call_module("pregate", (ids, inputs.get(MASK), table))
     ids.replace_all_uses_with(decided, delete_user_cb=lambda user: user is not decided)
+    last = output.all_input_nodes[0]
     with graph.inserting_before(output):
-        ended = graph.call_module("pregate_end", (output.args[0],))
-    output.args = (ended,)
-    for new, old in ((decided, ids), (ended, output)):
+        ended = graph.call_module("pregate_end", (last,))
+    output.replace_input_with(last, ended)
+    for new, old in ((decided, ids), (ended, last)):
         new.meta = dict(old.meta)
     graph.lint()
     graph_module.recompile()

@@ -50,11 +50,14 @@ def refusal(model: nn.Module) -> str:
 
 def token_input(captured: Captured) -> TokenInput | str:
     """Where token ids come into a captured model, or why no router can read them."""
+    kind, parameters = type(captured.module).__name__, dict(captured.module.named_parameters(remove_duplicate=False))
     if isinstance(captured.module, PreTrainedModel):
-        own: Any = captured.module.get_input_embeddings
-        named = captured.module.named_parameters(remove_duplicate=False)
-        return refusal(captured.module) or TokenInput(IDS, next(name for name, value in named if value is own().weight))
-    kind = type(captured.module).__name__
+        reason = refusal(captured.module)
+        if reason:
+            return reason
+        own: Any = captured.module.get_input_embeddings()
+        name = next((name for name, value in parameters.items() if value is own.weight), "")
+        return TokenInput(IDS, name) if name else f"{kind}'s input embedding is no parameter"
     placeholders = [node for node in captured.graph_module.graph.nodes if node.op == "placeholder"]
     names = [*_names(captured.module)[: len(captured.args)], *captured.kwargs]
     if len(names) != len(placeholders):
@@ -71,7 +74,6 @@ def token_input(captured: Captured) -> TokenInput | str:
     if len(tables) > 1:
         return f"{kind} embeds several of its inputs: {', '.join(sorted(name_of[node] for node in tables))}"
     ids, found = next(iter(tables.items()))
-    parameters = dict(captured.module.named_parameters(remove_duplicate=False))
     value = ids.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() != 2:
         return f"{kind}'s '{name_of[ids]}' is not (batch, length)"
@@ -113,8 +115,12 @@ def embedder(model: nn.Module, spec: PreGateSpec) -> Callable[[Tensor], Tensor]:
         return lambda ids: ids
     if not spec.embedding:
         own: Any = model.get_input_embeddings()  # type: ignore[operator]
-        return lambda ids: own(ids.to(own.weight.device)).detach()
+        return lambda ids: own(_beside(ids, own.weight)).detach()
     table: Any = model
     for name in spec.embedding.split("."):
         table = getattr(table, name)
-    return lambda ids: nn.functional.embedding(ids.to(table.device), table).detach()
+    return lambda ids: nn.functional.embedding(_beside(ids, table), table).detach()
+
+
+def _beside(ids: Tensor, table: Tensor) -> Tensor:
+    return ids if ids.device == table.device else ids.to(table.device)
