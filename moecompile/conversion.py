@@ -118,7 +118,7 @@ def plan(
         CaptureError, MatchError, PlanError, InputError: with the reason.
     """
     data = CalibrationData.of(calibration)
-    captured, matched = find_ffns(model, _capture_inputs(model, example_inputs, data.batches), filter_fn)
+    captured, matched = find_ffns(model, capture_inputs(model, example_inputs, data.batches), filter_fn)
     return _plan(captured, matched.matches, recipe, data, seed, progress or Progress())
 
 
@@ -152,7 +152,7 @@ def _plan(
         return make_plan(recipe, Context(captured, matches, data.batches, progress, seed, data.domains, data.domain_of))
 
 
-def _capture_inputs(model: nn.Module, inputs: Any, batches: list[Any]) -> Any:
+def capture_inputs(model: nn.Module, inputs: Any, batches: list[Any]) -> Any:
     """What to capture with. A guess is better than a batch (its sizes are not 1, so they stay symbolic) if its names agree."""
     if inputs is not None or not batches:
         return inputs
@@ -228,7 +228,7 @@ def convert_with_record(
     progress = progress or Progress()
     clock = _Clock()
     data = CalibrationData.of(calibration)
-    captured, matched = find_ffns(model, _capture_inputs(model, example_inputs, data.batches), filter_fn)
+    captured, matched = find_ffns(model, capture_inputs(model, example_inputs, data.batches), filter_fn)
     _refuse_graph_only(matched, form)
     clock.mark("capture")
     if isinstance(plan_or_recipe, MoEPlan):

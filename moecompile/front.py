@@ -83,18 +83,18 @@ class PreGate(nn.Module):
         layer = None if cache is None else self._layer(cache)
         k = self.routing.wanted()
         if k or layer is not None:  # a cache is kept up to date whatever the dial says: it may be turned later
-            hidden = self._hidden(model, ids, inputs.get("attention_mask"), inputs.get("position_ids"), layer)
+            hidden = self._hidden(self.tokens(model, ids), inputs.get(MASK), inputs.get("position_ids"), layer)
             self.routing.plan = self._plan(hidden, k) if k else None
         return inputs
 
-    def _hidden(self, model: nn.Module, ids: Tensor, mask: Any, index: Tensor | None, layer: Any) -> Tensor:
-        batch, length = ids.shape
+    def _hidden(self, tokens: Tensor, mask: Any, index: Tensor | None, layer: Any) -> Tensor:
+        batch, length = tokens.shape[:2]
         past = 0 if layer is None else layer.get_seq_length()
         keys = layer.max_cache_len if isinstance(layer, StaticRouterLayer) else past + length
         if isinstance(mask, dict):  # ready masks, one for each kind of layer
             mask = mask.get("full_attention")
-        positions = positions_of(batch, length, past, keys, mask, index, ids.device)
-        return self.router.hidden(self.tokens(model, ids), positions, layer)
+        positions = positions_of(batch, length, past, keys, mask, index, tokens.device)
+        return self.router.hidden(tokens, positions, layer)
 
     def _check_others(self, inputs: Mapping[str, Any]) -> None:
         """A model that is none of transformers may take a cache of its own, of which the router would know nothing."""
@@ -120,10 +120,8 @@ class PreGate(nn.Module):
         """
         k = self.routing.wanted()
         if k:
-            batch, length = ids.shape
-            positions = positions_of(batch, length, 0, length, mask, None, ids.device)
             tokens = ids if table is None else nn.functional.embedding(ids, table).detach()
-            self.routing.plan = self._plan(self.router.hidden(tokens, positions), k)
+            self.routing.plan = self._plan(self._hidden(tokens, mask, None, None), k)
         return ids
 
     def _plan(self, hidden: Tensor, k: int) -> RoutingPlan:
@@ -267,7 +265,7 @@ def decide(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
     if front is None:
         raise InputError("the model has no pre-gating router")
     ids, mask, named = ids_and_mask(model, inputs, front.router.spec.argument)
-    scores = front.router.scores(front._hidden(model, ids, mask, named.get("position_ids"), None))
+    scores = front.router.scores(front._hidden(front.tokens(model, ids), mask, named.get("position_ids"), None))
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.dim() != 2 else mask.bool()
     return scores, real.reshape(-1)
 

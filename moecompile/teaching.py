@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from .conversion import find_ffns, matches_of
+from .conversion import capture_inputs, find_ffns, matches_of
 from .distil import Distillation, distil
 from .errors import InputError
 from .front import front_of
@@ -43,7 +42,7 @@ def router_targets(
     if front is None or not isinstance(plan, MoEPlan):
         raise InputError("the model has no pre-gating router to teach")
     batches = list(batches)
-    captured, matched = find_ffns(dense, None if isinstance(dense, PreTrainedModel) else batches[0])
+    captured, matched = find_ffns(dense, capture_inputs(dense, None, batches))
     matches = matches_of(plan, matched).matches
     members = [membership(s.choosable, s.site.intermediate_size) for s in plan.sites]
     with evaluating(dense):
