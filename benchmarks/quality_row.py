@@ -22,6 +22,7 @@ from moecompile.conversion import convert_with_record
 from moecompile.costs import dense_costs, moe_costs
 from moecompile.evaluate import active_fraction, lambada, perplexity
 from moecompile.hub import load_dense, load_tokenizer
+from moecompile.memory import keep_freed
 from moecompile.progress import Progress
 from moecompile.recipes import RECIPES
 from moecompile.text import calibration_windows, evaluation_windows, read_passages
@@ -31,6 +32,7 @@ _BATCH, _HELD_OUT = 4, 2  # as `moecompile convert`
 
 def main() -> None:
     """Run the job."""
+    keep_freed()
     job = json.load(sys.stdin)
     rows = Job(job).rows()
     print(json.dumps(rows))

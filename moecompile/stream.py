@@ -18,6 +18,8 @@ from .capture import Captured, normalise_inputs
 from .errors import InputError
 from .match import Match
 from .match.nodes import attribute
+from .precision import multiplying
+from .products import replacement
 
 
 class Stream:
@@ -27,14 +29,18 @@ class Stream:
         captured: the captured model.
         matches: its FFNs in order.
         batches: model inputs (each as for :func:`moecompile.capture.capture`).
+        dtype: what the graph's products are computed in (:func:`.precision.multiplying`).
 
     Raises:
         InputError: a batch does not fit the graph's inputs.
     """
 
-    def __init__(self, captured: Captured, matches: Sequence[Match], batches: Sequence[Any]) -> None:
-        self.captured, self.matches = captured, tuple(matches)
+    def __init__(
+        self, captured: Captured, matches: Sequence[Match], batches: Sequence[Any], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.captured, self.matches, self.dtype = captured, tuple(matches), dtype
         self._segments, self._dead_within, self._dead_behind = _segments(captured.graph_module.graph, self.matches)
+        self._device = next((parameter.device for parameter in captured.module.parameters()), torch.device("cpu"))
         self._attributes: dict[fx.Node, Any] = {}
         self._position = 0
         self._states = [self._initial(batch) for batch in batches]
@@ -68,11 +74,12 @@ class Stream:
     def inputs(self, number: int) -> list[Tensor]:
         """The input (..., D) of FFN ``number`` for every batch."""
         assert number == self._position, "the FFNs of a stream are visited in order"
-        for state in self._states:
-            for node in self._segments[number]:
-                self._run(node, state)
-                for dead in self._dead_within.get(node, ()):
-                    state.pop(dead, None)
+        with multiplying(self.dtype, self._device):
+            for state in self._states:
+                for node in self._segments[number]:
+                    self._run(node, state)
+                    for dead in self._dead_within.get(node, ()):
+                        state.pop(dead, None)
         return [state[self.matches[number].x] for state in self._states]
 
     def tokens(self, number: int, values: Sequence[Tensor]) -> Tensor:
@@ -141,10 +148,11 @@ class Stream:
         for source, user in last.items():
             if source not in kept:
                 dead.setdefault(user, []).append(source)
-        for node in order:
-            self._run(node, values)
-            for source in dead.get(node, ()):
-                del values[source]
+        with multiplying(self.dtype, self._device):
+            for node in order:
+                self._run(node, values)
+                for source in dead.get(node, ()):
+                    del values[source]
         found = [self._attribute(node) if node.op == "get_attr" else values[node] for node in output.all_input_nodes]
         return [value for value in found if isinstance(value, Tensor)]
 
@@ -154,7 +162,7 @@ class Stream:
 
         assert node.op == "call_function" and callable(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-        state[node] = node.target(*args, **kwargs)
+        state[node] = replacement(node.target, self.dtype, self._device)(*args, **kwargs)
 
     def _attribute(self, node: fx.Node) -> Any:
         if node not in self._attributes:

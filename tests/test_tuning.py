@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def float32_unless_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are compared here, so ``auto`` is float32 also on a CPU with bfloat16."""
-    monkeypatch.setattr("moecompile.tuning.config.native_bfloat16", lambda: False)
+    monkeypatch.setattr("moecompile.precision.native_bfloat16", lambda: False)
 
 
 # Gradients
@@ -47,6 +47,7 @@ def test_experts_in_training_are_the_reference(
     gated: bool, biased: bool, tokens: int, all_from: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moecompile.tuning.experts._ALL_FROM_ELSE", all_from)
+    monkeypatch.setattr("moecompile.tuning.experts._NARROW", 0)
     torch.manual_seed(0)
     spec = BlockSpec(
         hidden_size=10, dense_width=25, shared_width=0, experts=5, expert_width=5, top_k=3, gated=gated,
@@ -227,7 +228,7 @@ def test_a_bfloat16_model_trains_in_float32_and_stays_bfloat16() -> None:
 def test_auto_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert TuneConfig().dtype(cpu) == torch.float32 and TuneConfig().dtype(cuda) == torch.bfloat16
-    monkeypatch.setattr("moecompile.tuning.config.native_bfloat16", lambda: True)
+    monkeypatch.setattr("moecompile.precision.native_bfloat16", lambda: True)
     assert TuneConfig().dtype(cpu) == torch.bfloat16 and TuneConfig(precision="float32").dtype(cpu) == torch.float32
 
 

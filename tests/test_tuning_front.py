@@ -35,7 +35,7 @@ ROUNDS = TuneConfig(
 @pytest.fixture(autouse=True)
 def float32_unless_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are compared here, so ``auto`` is float32 also on a CPU with bfloat16."""
-    monkeypatch.setattr("moecompile.tuning.config.native_bfloat16", lambda: False)
+    monkeypatch.setattr("moecompile.precision.native_bfloat16", lambda: False)
 
 
 def pair(disjoint: bool = False) -> tuple[Any, Any]:

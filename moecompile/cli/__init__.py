@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import MoECompileError
+from ..memory import keep_freed
 
 USE, INTERNAL = 2, 1
 
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if argv is None:  # the process is the command's own
+        keep_freed()
     try:
         if threading.current_thread() is threading.main_thread():  # an end by `kill` cleans up as Ctrl-C does
             signal.signal(signal.SIGTERM, _interrupt)

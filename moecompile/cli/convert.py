@@ -18,6 +18,7 @@ from ..distil import Distillation
 from ..errors import InputError
 from ..files import check_new_folder
 from ..hub import check_positions, load_dense, local_path, stored_dtype
+from ..precision import PRECISIONS
 from ..recipes import RECIPES, ReadMe, Recipe
 from ..recipes.survey import BUDGETS
 from ..targets import TARGETS
@@ -114,6 +115,12 @@ def add(commands: Any) -> None:
         help="tokens in all, shared equally among the files (default: 40960)",
     )
     sub.add_argument("--calibration-window", type=int, default=512, metavar="L", help="tokens per window (default: 512)")
+    sub.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="recipe calibrated: what products over calibration tokens are computed in (default: auto, bfloat16 where the "
+        "device multiplies it natively)",
+    )
     sub.add_argument("--keep-exact", action="store_true", help="keep the dense down projection beside a refitted one")
     sub.add_argument(
         "--dtype",
@@ -151,7 +158,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 _SETTINGS = (
     "experts", "shared", "top_k", "active_fraction", "budget", "compensation", "plain_statistics", "disjoint", "ranking",
-    "own_table", "router_target", "scores", "rank", "markers",
+    "own_table", "router_target", "scores", "rank", "markers", "precision",
 )  # fmt: skip
 
 
@@ -262,7 +269,7 @@ def inputs_of(model: nn.Module, rows: Tensor) -> dict[str, Any]:
 
 def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion, windows: Tensor | None) -> dict[str, Any]:
     plan = conversion.plan
-    settings = recipe.settings()
+    settings = {name: plan.config.get(name, value) for name, value in recipe.settings().items()}  # `auto` as it was read
     first = plan.sites[0]
     calibration = None
     if windows is not None and recipe.needs_calibration:

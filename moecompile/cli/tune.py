@@ -18,9 +18,10 @@ from ..errors import InputError
 from ..evaluate import active_fraction, perplexity
 from ..files import check_new_folder
 from ..hub import check_positions, load_dense, load_tokenizer
+from ..precision import PRECISIONS
 from ..progress import Progress
 from ..tuning import TuneConfig, Tuning, share_tensors, tune
-from ..tuning.config import PRECISIONS, STAGES
+from ..tuning.config import STAGES
 from ..tuning.data import Windows, split
 from ..tuning.loop import fingerprint
 from ..tuning.parallel import barrier, process_group, world

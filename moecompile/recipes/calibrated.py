@@ -27,6 +27,7 @@ from torch import Tensor
 from ..apply import build_block
 from ..errors import PlanError
 from ..plans import BIAS, DOWN, MEANS, ROUTER, MoEPlan, SitePlan
+from ..precision import PRECISIONS, compute_dtype, multiplying, product
 from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, Recipe, check_counts, planner
@@ -39,7 +40,7 @@ from .survey import BUDGETS, Split, survey
 # own outputs are tiny and their drift is hundreds of times larger; unclipped it took over the regression on one seed
 # (perplexity 108 instead of 68).
 _DRIFT_LIMIT = 4.0
-_CHUNK = 4096  # tokens at a time: what they need stays in the caches
+_CHUNK = 2048  # tokens at a time: what they need stays in the caches
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Calibrated(Recipe):
         drift: how much of the drift between dense and converted residual each layer tries to repair (0: none).
         budget: ``effect`` gives each layer its own number of experts by what idle ones do to the model's output (from 32
             experts on; with fewer it is as ``even``), ``even`` gives every layer K.
+        precision: what products over tokens are multiplied in; ``auto`` is bfloat16 where the device multiplies it natively,
+            for a model in float32. Routers are fitted, and choose, in float32.
     """
 
     experts: int = 96
@@ -60,6 +63,7 @@ class Calibrated(Recipe):
     top_k: int = 32
     drift: float = 0.6
     budget: str = "effect"
+    precision: str = "auto"
 
     def check(self) -> None:
         """Refuse numbers that make no sense."""
@@ -68,29 +72,34 @@ class Calibrated(Recipe):
             raise PlanError(f"drift is {self.drift}; it must be from 0 to 1")
         if self.budget not in BUDGETS:
             raise PlanError(f"there is no budget '{self.budget}'; there are: {', '.join(BUDGETS)}")
+        if self.precision not in PRECISIONS:
+            raise PlanError(f"--precision is '{self.precision}'; it can be {', '.join(PRECISIONS)}")
 
 
 @planner(Calibrated)
 def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
     """Survey the dense model, then plan every FFN in order, each on the stream that the ones before it have left."""
+    recipe = replace(recipe, precision=_precision(recipe, context))
+    dtype: torch.dtype = getattr(torch, recipe.precision)
     generator = torch.Generator().manual_seed(context.seed)
-    splits = survey(context, recipe.experts, recipe.shared, recipe.top_k, recipe.budget, generator)
-    dense_stream = Stream(context.captured, context.matches, context.batches)
-    moe_stream = Stream(context.captured, context.matches, context.batches)
+    splits = survey(context, recipe.experts, recipe.shared, recipe.top_k, recipe.budget, generator, dtype)
+    dense_stream = Stream(context.captured, context.matches, context.batches, dtype)
+    moe_stream = Stream(context.captured, context.matches, context.batches, dtype)
     sites: list[SitePlan] = []
     tensors: dict[str, Tensor] = {}
     for number, match in enumerate(context.progress.over(context.matches, "calibrating")):
         ffn = DenseFFN.read(match.site, context.captured.module)
         x_dense = dense_stream.tokens(number, dense_stream.inputs(number)).float()
         x = moe_stream.tokens(number, moe_stream.inputs(number)).float()
-        y = in_chunks(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), x_dense, ffn.site.hidden_size, ffn.up.dtype)  # type: ignore[misc]
+        with multiplying(dtype, x.device):
+            y = in_chunks(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), x_dense, ffn.site.hidden_size, ffn.up.dtype)  # type: ignore[misc]
         del x_dense
         target = y
         if recipe.drift and match.residual is not None:
             drift = dense_stream.residual(number).sub_(moe_stream.residual(number))
             target = y + clipped(recipe.drift * drift, y)
             del drift
-        planned, fitted, error, own = _plan_site(splits[number], ffn, x, y, target)
+        planned, fitted, error, own = _plan_site(splits[number], ffn, x, y, target, dtype)
         if error > 1.0:
             context.progress.say(
                 f"{match.site.name}: the relative error is {error:.2f}; the calibration text may not suit the model"
@@ -100,6 +109,14 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
         dense_stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
         moe_stream.feed(build_block(planned, fitted, ffn).eval(), own)
     return MoEPlan(recipe.name, recipe.settings(), tuple(sites), tensors)
+
+
+def _precision(recipe: Calibrated, context: Context) -> str:
+    """``float32`` or ``bfloat16``; float32 also stands for a model's own other type."""
+    weights = DenseFFN.read(context.matches[0].site, context.captured.module).up if context.matches else torch.empty(0)
+    if recipe.precision == "auto" and weights.dtype != torch.float32:
+        return "float32"
+    return str(compute_dtype(recipe.precision, weights.device)).removeprefix("torch.")
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -118,7 +135,7 @@ def clipped(correction: Tensor, output: Tensor) -> Tensor:
 
 
 def _plan_site(
-    split: Split, ffn: DenseFFN, x: Tensor, y: Tensor, target: Tensor
+    split: Split, ffn: DenseFFN, x: Tensor, y: Tensor, target: Tensor, dtype: torch.dtype
 ) -> tuple[SitePlan, dict[str, Tensor], float, Tensor | None]:
     """One FFN: its plan, its fitted tensors, its weighted relative error on the calibration tokens, its outputs there.
 
@@ -127,6 +144,7 @@ def _plan_site(
         x: (T, D) the converted stream's inputs, float32.
         y: (T, D) the dense stream's outputs.
         target: (T, D) what the converted FFN should put out.
+        dtype: what products over tokens are multiplied in.
     """
     site, shared, experts, top_k = ffn.site, split.shared, split.experts, split.top_k
     planned = SitePlan(site, tuple(shared.tolist()), tuple(tuple(e) for e in experts), top_k)
@@ -134,7 +152,8 @@ def _plan_site(
         return planned, {}, 0.0, None
     down = ffn.down.float()
     bias = None if ffn.down_bias is None else ffn.down_bias.float()
-    hidden = in_chunks(ffn.hidden, x, site.intermediate_size, ffn.up.dtype)
+    with multiplying(dtype, x.device):
+        hidden = in_chunks(ffn.hidden, x, site.intermediate_size, ffn.up.dtype)
     weights = token_weights(torch.maximum(y.norm(dim=1), target.norm(dim=1)))
     fitted: dict[str, Tensor] = {}
     chosen = torch.zeros(len(x), len(experts), dtype=torch.bool, device=x.device)
@@ -143,23 +162,32 @@ def _plan_site(
         chosen = route(x, fitted[f"{ROUTER}weight"], fitted[f"{ROUTER}bias"], top_k)
     mask = neuron_mask(chosen, experts, site.intermediate_size)
     fitted[MEANS] = idle_means(hidden, mask, weights)
-    fitted[DOWN], fitted[BIAS] = refit_down(hidden, mask, fitted[MEANS], down, bias, target, weights)
-    own, error = masked_outputs(hidden, mask, fitted, bias, y, weights)
+    fitted[DOWN], fitted[BIAS] = refit_down(hidden, mask, fitted[MEANS], down, bias, target, weights, dtype=dtype)
+    own, error = masked_outputs(hidden, mask, fitted, bias, y, weights, dtype)
     router = "linear" if top_k else "none"
     metrics = {"calibration_error": round(error, 6), **split.metrics}
     return replace(planned, router=router, fitted=tuple(fitted), metrics=metrics), fitted, error, own
 
 
 def masked_outputs(
-    hidden: Tensor, mask: Mask, fitted: dict[str, Tensor], bias: Tensor | None, y: Tensor, weights: Tensor
+    hidden: Tensor,
+    mask: Mask,
+    fitted: dict[str, Tensor],
+    bias: Tensor | None,
+    y: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, float]:
-    """The converted FFN's outputs (T, D), and their error: the root of weighted |y - y_dense|^2 / |y_dense|^2."""
+    """The converted FFN's outputs (T, D), and their error: the root of weighted |y - y_dense|^2 / |y_dense|^2.
+
+    ``dtype`` is what the product with the down projection is multiplied in.
+    """
     down, means = fitted[DOWN], fitted[MEANS]
     base = fitted[BIAS] + down @ means + (0.0 if bias is None else bias)
     parts, wrong, right = [], 0.0, 0.0
     for start in range(0, len(hidden), _CHUNK):
         stop = min(start + _CHUNK, len(hidden))
-        parts.append(((hidden[start:stop] - means) * mask(start, stop)) @ down.t() + base)
+        parts.append(product((hidden[start:stop] - means) * mask(start, stop), down.t(), dtype) + base)
         w = weights[start:stop]
         wrong += float(w @ (parts[-1] - y[start:stop]).square().sum(1))
         right += float(w @ y[start:stop].square().sum(1))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import multiplying, product
 from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, slice_sizes
@@ -41,7 +42,9 @@ class Split:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-def survey(context: Context, experts: int, shared: int, top_k: int, budget: str, generator: torch.Generator) -> list[Split]:
+def survey(
+    context: Context, experts: int, shared: int, top_k: int, budget: str, generator: torch.Generator, dtype: torch.dtype
+) -> list[Split]:
     """A split for each FFN.
 
     Args:
@@ -51,22 +54,25 @@ def survey(context: Context, experts: int, shared: int, top_k: int, budget: str,
         top_k: K, on average over the layers.
         budget: one of :data:`BUDGETS`.
         generator: for the clusters' starting points.
+        dtype: what the model's products are multiplied in.
     """
     dial = levels(experts, top_k) if budget == "effect" and len(context.matches) > 1 else [top_k]
-    stream = Stream(context.captured, context.matches, _first(context.batches))
+    stream = Stream(context.captured, context.matches, _first(context.batches), dtype)
     divergence: Divergence | None = None
     splits, curves = [], []
     for number, match in enumerate(context.progress.over(context.matches, "surveying")):
         ffn = DenseFFN.read(match.site, context.captured.module)
         inputs = stream.inputs(number)
         x = stream.tokens(number, inputs)
-        hidden = ffn.hidden(x)
-        y, hidden, x = ffn.output(hidden), hidden.float(), x.float()
+        with multiplying(dtype, x.device):
+            hidden = ffn.hidden(x)
+            y, hidden, x = ffn.output(hidden), hidden.float(), x.float()
         split = split_neurons(ffn, x, hidden, y, experts, shared, top_k, generator)
         splits.append(split)
         if len(dial) > 1:
             if divergence is None:
-                first = ffn.output(ffn.hidden(inputs[0].reshape(-1, inputs[0].shape[-1])))
+                with multiplying(dtype, x.device):
+                    first = ffn.output(ffn.hidden(inputs[0].reshape(-1, inputs[0].shape[-1])))
                 divergence = Divergence(stream.outputs(0, first.reshape(inputs[0].shape)), context.vocabulary)
             curves.append(_curve(stream, split, ffn, x, hidden, y.float(), inputs[0], dial, divergence))
         stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
@@ -142,7 +148,7 @@ def _curve(
 
     def output(tokens: Tensor, activity: Tensor, means: Tensor, k: int) -> Tensor:
         on = neuron_mask(route(tokens, *scored, k), split.experts, hidden.shape[1])(0, len(tokens))
-        return torch.where(on > 0, activity, means) @ down.t() + bias
+        return product(torch.where(on > 0, activity, means), down.t(), stream.dtype) + bias
 
     errors, effect = {}, 0.0
     for k in dial:
@@ -150,7 +156,9 @@ def _curve(
         errors[k] = float(weights @ (output(x, hidden, means, k) - y).square().sum(1)) / right
         if k == split.top_k:
             everything = first.reshape(-1, first.shape[-1])  # padding too
-            replaced = output(everything.float(), ffn.hidden(everything).float(), means, k)
+            with multiplying(stream.dtype, x.device):
+                activity = ffn.hidden(everything).float()
+            replaced = output(everything.float(), activity, means, k)
             effect = divergence(stream.outputs(0, replaced.to(first.dtype).reshape(first.shape)))
     width = sum(map(len, split.experts)) / len(split.experts)
     return Curve(width, errors, effect, split.top_k)

@@ -9,15 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..precision import PRECISIONS, compute_dtype
 
 STAGES = ("router", "experts", "norms", "attention")
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-def native_bfloat16() -> bool:
-    """Whether this CPU has instructions that multiply bfloat16 (AVX-512 BF16 or AMX), by torch's word."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
@@ -116,9 +110,7 @@ class TuneConfig:
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """What the run computes in on a device."""
-        if self.precision != "auto":
-            return getattr(torch, self.precision)  # type: ignore[no-any-return]
-        return torch.bfloat16 if device.type == "cuda" or native_bfloat16() else torch.float32
+        return compute_dtype(self.precision, device)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings."""

@@ -17,6 +17,10 @@ and the hidden activations of the others set to 0. CPU time on a busy 2-core mac
     8 of 56    bfloat16   121 ms    170 ms   the same
     8 of 56    float32    179 ms    329 ms   the same
 
+Narrow experts are always all multiplied there: with experts of 12 neurons (N 96, K 8 to 80) a step of 2,048 tokens takes 8.9 s,
+and 15.6 s where layers with less than 30 % on multiply the chosen ones alone; with experts of 6 neurons (N 192) 10.3 and 22 s
+(SmolLM2-135M, bfloat16, two threads).
+
 Letters: T tokens, N experts, K chosen, D hidden, I expert width; G = 2 for a gated FFN, 1 for a plain one.
 """
 
@@ -33,6 +37,7 @@ from ..ops import _by_expert
 
 _ALL_FROM = {torch.bfloat16: 0.3}  # share of the experts from which on all of them are multiplied; the table above
 _ALL_FROM_ELSE = 0.5
+_NARROW = 16  # neurons
 
 
 class _ChosenExperts(torch.autograd.Function):
@@ -147,8 +152,9 @@ def chosen_experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) ->
     tensors = [cast(tensor) for tensor in (x, weights, experts.up, experts.down_proj)]
     biases = [cast(tensor) for tensor in (experts.up_bias_or_none, experts.down_bias)]
     with torch.autocast(x.device.type, enabled=False):
-        least = _ALL_FROM.get(dtype or x.dtype, _ALL_FROM_ELSE)
-        if x.device.type == "cpu" and ids.shape[1] >= least * experts.down_proj.shape[0]:
+        count, _, width = experts.down_proj.shape
+        least = 0.0 if width < _NARROW else _ALL_FROM.get(dtype or x.dtype, _ALL_FROM_ELSE)
+        if x.device.type == "cpu" and ids.shape[1] >= least * count:
             return _all_experts(experts, ids, *tensors, *biases)  # type: ignore[arg-type]
         x, weights, up, down = tensors  # type: ignore[assignment]
         return _ChosenExperts.apply(  # type: ignore[no-any-return]

@@ -58,8 +58,9 @@ def top_log_probabilities(hidden: Tensor, head: Head, count: int) -> tuple[Tenso
     for part in hidden.split(head.chunk):
         logits = head.logits(part)
         best, index = logits.topk(count, dim=-1)
+        top = best[:, :1]  # logsumexp by hand, in place: the logits are not needed any more
         ids.append(index)
-        values.append(best - logits.logsumexp(-1, keepdim=True))
+        values.append(best - top - logits.sub_(top).exp_().sum(-1, keepdim=True).log_())
     return torch.cat(ids), torch.cat(values)
 
 
@@ -75,9 +76,9 @@ class _HeadLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), head.chunk):
             span = slice(start, start + head.chunk)
-            q = head.logits(hidden[span])  # [C, V], in place from here on
+            q = head.logits(hidden[span])  # [C, V]
             slope = None if head.cap is None else 1 - (q / head.cap).square()
-            q.sub_(q.logsumexp(-1, keepdim=True))
+            q = q.log_softmax(-1)  # in place from here on
             p, log_p, index = logp[span].exp(), logp[span], ids[span]
             log_q = q.gather(1, index)
             p_rest = (1 - p.sum(1, keepdim=True)).clamp_min(0)
