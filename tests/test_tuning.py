@@ -21,8 +21,8 @@ from moecompile.block import BlockSpec, Experts
 from moecompile.choice import centred_scores, oracle_loss
 from moecompile.errors import InputError
 from moecompile.parity import evaluating
+from moecompile.products import blocked
 from moecompile.tuning import TuneConfig, share_tensors
-from moecompile.tuning.attention import blocked
 from moecompile.tuning.data import Windows
 from moecompile.tuning.experts import chosen_experts
 from moecompile.tuning.loss import Head, head_loss, top_log_probabilities
