@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from moecompile.recipes import Calibrated, CMoE, ExpertWeaver, Flap, MoEfication, RandomSplit, Recipe, Static
 
 FRACTIONS = (0.25, 0.5, 0.75)
-# Slices (shared, chosen, routed) of 64 for the recipes with fine experts; our own choice at 25 % is docs/quality.md's.
+# Slices (shared, chosen, routed), of 256 for our own recipe (docs/quality.md), of 64 for the others that have fine experts.
+_OWN = {0.25: (40, 24, 216), 0.5: (80, 48, 176), 0.75: (128, 64, 128)}
 _FINE = {0.25: (8, 8, 56), 0.5: (16, 16, 48), 0.75: (16, 32, 48)}
 _EIGHT = {0.25: (1, 1, 7), 0.5: (2, 2, 6), 0.75: (3, 3, 5)}  # CMoE's own: eight slices
 
@@ -33,8 +34,8 @@ class Variant:
 
 
 def _calibrated(fraction: float) -> Calibrated:
-    shared, top_k, experts = _FINE[fraction]  # slices a quarter as wide: docs/quality.md
-    return Calibrated(experts=4 * experts, shared=4 * shared, top_k=4 * top_k)
+    shared, top_k, experts = _OWN[fraction]
+    return Calibrated(experts, shared, top_k)
 
 
 def _cmoe(fraction: float) -> CMoE:

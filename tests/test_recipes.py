@@ -12,7 +12,7 @@ from moecompile.errors import InputError, PlanError
 from moecompile.plans import DOWN, MEANS
 from moecompile.recipes import Calibrated, Contiguous, Flap, Static
 from moecompile.recipes.calibrated import clipped
-from moecompile.recipes.neurons import choose_shared, group_neurons, token_weights
+from moecompile.recipes.neurons import Activity, choose_shared, group_neurons, token_weights
 from moecompile.recipes.refit import idle_means, refit_down
 from moecompile.recipes.routing import fit_router, route
 from moecompile.sites import DenseFFN
@@ -129,7 +129,8 @@ def test_grouping_finds_planted_experts() -> None:
     groups = torch.arange(4).repeat(6)
     hidden = torch.relu(x[:, groups] + 0.05 * torch.randn(600, 24, generator=g))
     down, weights = torch.ones(3, 24), torch.ones(600)
-    experts = group_neurons(x, hidden, down, torch.tensor([], dtype=torch.long), [6] * 4, weights, g)
+    activity = Activity.of(x, hidden, down, weights)
+    experts = group_neurons(activity, torch.tensor([], dtype=torch.long), [6] * 4, g)
     assert sorted(n for e in experts for n in e) == list(range(24))
     assert sorted(sorted(e) for e in experts) == [list(range(k, 24, 4)) for k in range(4)]
 
@@ -141,8 +142,21 @@ def test_shared_neurons_include_those_that_sinks_need() -> None:
     hidden[::100, 7] = 5000.0  # silent but on a few outlier tokens, whose whole output it is
     down = torch.ones(2, 30)
     weights = token_weights((hidden @ down.t()).norm(dim=1))
-    assert 7 in choose_shared(hidden, down, 2, weights).tolist()
+    x = torch.randn(400, 5)
+    assert 7 in choose_shared(x, hidden, down, Activity.of(x, hidden, down, weights), 2, 0.5, weights).tolist()
     assert float(weights[0]) < 0.01 < float(weights[1])
+
+
+@pytest.mark.parametrize(("on", "expected"), [(0.5, 3), (0.0, 0), (1.0, None)])
+def test_shared_neurons_are_those_of_which_routing_would_lose_most(on: float, expected: int | None) -> None:
+    """Neuron 0 has the largest energy, but the input tells when it fires; nothing tells it of neuron 3."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 4, generator=g)
+    hidden = torch.cat([2 * torch.relu(x[:, :3]), torch.relu(torch.randn(2000, 1, generator=g)) * 1.9], 1)
+    hidden[:, 1:3] *= 0.3
+    down, weights = torch.ones(2, 4), torch.ones(2000)
+    chosen = choose_shared(x, hidden, down, Activity.of(x, hidden, down, weights), 1, on, weights).tolist()
+    assert len(chosen) == 1 and (expected is None or chosen == [expected])
 
 
 def test_router_finds_the_expert_that_fires() -> None:

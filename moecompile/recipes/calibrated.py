@@ -3,7 +3,7 @@ projection; layer by layer on the converted prefix, with the dense model as the 
 
 First, on the dense model, for each FFN (survey.py):
 
-    1. shared neurons: those that fire most, and those that attention sinks need      (neurons.choose_shared)
+    1. shared neurons: those that a router would lose most of, and those that attention sinks need    (neurons.choose_shared)
     2. experts: balanced clusters of what a linear router can predict                 (neurons.group_neurons)
     3. how many experts it gets, by what idle ones do to the model's output           (budgets.allocate)
 

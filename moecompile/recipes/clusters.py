@@ -58,7 +58,7 @@ def members(labels: Tensor, neurons: Tensor, count: int) -> tuple[tuple[int, ...
 
 def others(shared: Tensor, width: int) -> Tensor:
     """The neurons of 0 ... width - 1 that are not shared, ascending."""
-    free = torch.ones(width, dtype=torch.bool)
+    free = torch.ones(width, dtype=torch.bool, device=shared.device)
     free[shared] = False
     return torch.nonzero(free).flatten()
 

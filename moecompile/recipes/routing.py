@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .neurons import weighted_moments
+from .neurons import ROUTER_RIDGE, weighted_moments
 
-_CHUNK = 8192
-# Relative to the mean variance of an input; .1 to .5 were alike, .01 a little worse.
-_RIDGE = 0.2
+_CHUNK = 2048
 
 
 def fit_router(x: Tensor, hidden: Tensor, down: Tensor, experts: list[list[int]], weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +30,7 @@ def fit_router(x: Tensor, hidden: Tensor, down: Tensor, experts: list[list[int]]
     belongs *= down.square().sum(0)[:, None]
     target = torch.cat([((part - mean).square_() @ belongs).sqrt_() for part in hidden.split(_CHUNK)])
     gram, cross, mean_x, mean_y = weighted_moments(x, target, weights)
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+    gram.diagonal().add_(ROUTER_RIDGE * gram.diagonal().mean().clamp_min(1e-12))
     weight = torch.cholesky_solve(cross.double(), torch.linalg.cholesky(gram.double())).t().float()
     return weight, mean_y - weight @ mean_x
 

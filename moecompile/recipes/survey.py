@@ -17,7 +17,7 @@ from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, slice_sizes
 from .budgets import Curve, Divergence, allocate, levels
-from .neurons import choose_shared, group_neurons, sample_tokens, token_weights
+from .neurons import Activity, choose_shared, group_neurons, sample_tokens, token_weights
 from .refit import idle_means, neuron_mask
 from .routing import fit_router, route
 
@@ -107,7 +107,7 @@ def split_neurons(
         x: (T, D) its inputs; ``hidden`` (T, F) and ``y`` (T, D) belong to them.
         experts: N.
         shared: S, slices that are always on.
-        top_k: K, for the record that is returned.
+        top_k: K.
         generator: for the sample and the clusters' starting points.
     """
     site, down = ffn.site, ffn.down.float()
@@ -116,9 +116,12 @@ def split_neurons(
     weights = token_weights(norms)
     some = sample_tokens(norms, _TOKENS, generator)
     count = sum(sizes[:shared])
-    h = hidden[some].float()
-    always = choose_shared(h, down, count, weights[some]) if count else torch.zeros(0, dtype=torch.long)
-    groups = group_neurons(x[some].float(), h, down, always, sizes[shared:], weights[some], generator)
+    x, hidden, weights = x[some].float(), hidden[some].float(), weights[some]
+    activity = Activity.of(x, hidden, down, weights)
+    always = torch.zeros(0, dtype=torch.long, device=x.device)
+    if count:
+        always = choose_shared(x, hidden, down, activity, count, top_k / experts, weights)
+    groups = group_neurons(activity, always, sizes[shared:], generator)
     return Split(always, groups, top_k)
 
 
