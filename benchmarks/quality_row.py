@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,24 +60,18 @@ class Job:
             return [self._unconverted(dense, name, wrap) for name, wrap in self.job["variants"].items()]
         return self._converted(dense)
 
-    def _calibration(self) -> tuple[dict[str, list[dict[str, torch.Tensor]]], list[dict[str, torch.Tensor]]]:
-        """Calibration inputs by text, an equal share of the tokens from each; and two windows more that are held out."""
-        job, found, held = self.job, {}, []
-        length = job["calibration_window"]
-        share = max(1, round(job["calibration_tokens"] / length / len(job["calibration"])))
-        for number, path in enumerate(job["calibration"]):
-            extra = 1 if number < _HELD_OUT else 0
-            rows = calibration_windows(self.tokenizer, [path], (share + extra) * length, length, job["seed"])
-            kept = len(rows) - extra
-            found[Path(path).stem] = [{"input_ids": part} for part in rows[:kept].split(_BATCH)]
-            held += [rows[kept:]] if extra else []
-        return found, [{"input_ids": torch.cat(held)}]
+    def _calibration(self) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+        """Calibration inputs, an equal share of the tokens from each text, mixed; and two windows more that are held out."""
+        job, length = self.job, self.job["calibration_window"]
+        tokens = job["calibration_tokens"] + _HELD_OUT * length
+        rows = calibration_windows(self.tokenizer, job["calibration"], tokens, length, job["seed"])
+        kept = len(rows) - _HELD_OUT
+        return [{"input_ids": part} for part in rows[:kept].split(_BATCH)], [{"input_ids": rows[kept:]}]
 
     def _unconverted(self, dense: nn.Module, name: str, wrap: str) -> dict[str, Any]:
         if wrap == "dense":
             return self._row(name, dense, active_fraction=1.0, compute_fraction=1.0)
-        inputs = [batch for part in self._calibration()[0].values() for batch in part]
-        model = with_thresholds(load_dense(self.job["model"]), inputs, self.job["fraction"], wrap == "wina")
+        model = with_thresholds(load_dense(self.job["model"]), self._calibration()[0], self.job["fraction"], wrap == "wina")
         row = self._row(name, model, compute_fraction=None)
         return {**row, "active_fraction": round(kept_fraction(model), 6)}
 

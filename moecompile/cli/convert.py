@@ -110,9 +110,9 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--calibration-tokens",
         type=int,
-        default=40960,
+        default=81920,
         metavar="T",
-        help="tokens in all, shared equally among the files (default: 40960)",
+        help="tokens in all, shared equally among the files (default: 81920)",
     )
     sub.add_argument("--calibration-window", type=int, default=512, metavar="L", help="tokens per window (default: 512)")
     sub.add_argument(

@@ -5,7 +5,7 @@ It walks the dense stream of a few thousand tokens once. Letters: T tokens, F de
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,7 +48,7 @@ def survey(
     """A split for each FFN.
 
     Args:
-        context: the captured model and the calibration batches; the first batches, up to about 8192 tokens, are read.
+        context: the captured model and the calibration batches; about 8192 tokens of them are read.
         experts: N.
         shared: S, slices that are always on.
         top_k: K, on average over the layers.
@@ -57,7 +57,7 @@ def survey(
         dtype: what the model's products are multiplied in.
     """
     dial = levels(experts, top_k) if budget == "effect" and len(context.matches) > 1 else [top_k]
-    stream = Stream(context.captured, context.matches, _first(context.batches), dtype)
+    stream = Stream(context.captured, context.matches, _some(context.batches), dtype)
     divergence: Divergence | None = None
     splits, curves = [], []
     for number, match in enumerate(context.progress.over(context.matches, "surveying")):
@@ -85,16 +85,16 @@ def survey(
     ]
 
 
-def _first(batches: Any) -> list[Any]:
-    """The first batches, until there are :data:`_TOKENS` tokens (of the largest tensor's first two dimensions)."""
-    chosen, tokens = [], 0
+def _some(batches: Sequence[Any]) -> list[Any]:
+    """Batches spread evenly over all of them: they may come sorted by kind of text.
+
+    :data:`_TOKENS` tokens (of the largest tensor's first two dimensions) to twice as many; all of them where there are fewer.
+    """
+    total = 0
     for batch in batches:
-        if tokens >= _TOKENS:
-            break
-        chosen.append(batch)
         values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-        tokens += max((int(v.shape[:2].numel()) for v in values if isinstance(v, Tensor)), default=_TOKENS)
-    return chosen
+        total += max((int(v.shape[:2].numel()) for v in values if isinstance(v, Tensor)), default=_TOKENS)
+    return list(batches[:: max(1, total // _TOKENS)])
 
 
 def split_neurons(
