@@ -44,7 +44,7 @@ def pair(family: str = "llama") -> tuple[Any, Any]:
 @cache
 def _pair(family: str) -> tuple[Any, Any]:
     dense = dense_model(family)
-    recipe = Calibrated(experts=6, shared=2, top_k=2)
+    recipe = Calibrated(experts=6, shared=2, top_k=2, precision="float32")
     return dense, moecompile.convert(dense, recipe, [{"input_ids": rows} for rows in batches(4, 11)])
 
 
