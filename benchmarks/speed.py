@@ -392,6 +392,8 @@ def main() -> None:
     }  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)
     if options.append or options.compile_time_only:
+        if not (options.output / "speed.json").exists():
+            raise SystemExit(f"there are no tables in {options.output} yet to keep")
         before = json.loads((options.output / "speed.json").read_text())
         asked = () if options.compile_time_only else options.phase
         again = {(phase, dtype) for phase in asked for dtype in options.dtype}
