@@ -32,7 +32,7 @@ from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, Recipe, check_counts, planner
 from .neurons import token_weights
-from .refit import Mask, idle_means, neuron_mask, refit_down
+from .refit import CHUNK, Mask, idle_means, neuron_mask, refit_down
 from .routing import fit_router, route
 from .survey import BUDGETS, Split, survey
 
@@ -40,7 +40,6 @@ from .survey import BUDGETS, Split, survey
 # own outputs are tiny and their drift is hundreds of times larger; unclipped it took over the regression on one seed
 # (perplexity 108 instead of 68).
 _DRIFT_LIMIT = 4.0
-_CHUNK = 2048  # tokens at a time: what they need stays in the caches
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
 
 def _precision(recipe: Calibrated, context: Context) -> str:
     """``float32`` or ``bfloat16``; float32 also stands for a model's own other type."""
-    weights = DenseFFN.read(context.matches[0].site, context.captured.module).up if context.matches else torch.empty(0)
+    weights = DenseFFN.read(context.matches[0].site, context.captured.module).up
     if recipe.precision == "auto" and weights.dtype != torch.float32:
         return "float32"
     return str(compute_dtype(recipe.precision, weights.device)).removeprefix("torch.")
@@ -122,8 +121,8 @@ def _precision(recipe: Calibrated, context: Context) -> str:
 def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """``function``, (tokens, D) -> (tokens, width), of x (T, D) cast to ``dtype``; float32."""
     found = torch.empty(len(x), width, device=x.device)
-    for start in range(0, len(x), _CHUNK):
-        found[start : start + _CHUNK] = function(x[start : start + _CHUNK].to(dtype))
+    for start in range(0, len(x), CHUNK):
+        found[start : start + CHUNK] = function(x[start : start + CHUNK].to(dtype))
     return found
 
 
@@ -185,8 +184,8 @@ def masked_outputs(
     down, means = fitted[DOWN], fitted[MEANS]
     base = fitted[BIAS] + down @ means + (0.0 if bias is None else bias)
     parts, wrong, right = [], 0.0, 0.0
-    for start in range(0, len(hidden), _CHUNK):
-        stop = min(start + _CHUNK, len(hidden))
+    for start in range(0, len(hidden), CHUNK):
+        stop = min(start + CHUNK, len(hidden))
         parts.append(product((hidden[start:stop] - means) * mask(start, stop), down.t(), dtype) + base)
         w = weights[start:stop]
         wrong += float(w @ (parts[-1] - y[start:stop]).square().sum(1))

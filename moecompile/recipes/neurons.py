@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .clusters import balanced_clusters, others, spread_starts
 
-ROUTER_RIDGE = 0.2  # relative to the mean variance of an input; .1 to .5 were alike, .01 a little worse
+_ROUTER_RIDGE = 0.2  # relative to the mean variance of an input; .1 to .5 were alike, .01 a little worse
 # A token whose output is this many times the median one counts as an outlier (attention sinks reach 900 times).
 _OUTLIER = 10.0
 _CARRY = 0.01  # a neuron that carries this share of an outlier token's energy is always on
@@ -61,10 +61,7 @@ class Activity:
 
     def foreseen(self, x: Tensor) -> Tensor:
         """(T, F) ridge regression of ``own`` on x, as routers are fitted."""
-        ridge = self.covariance.diagonal().mean().clamp_min(1e-12) * ROUTER_RIDGE
-        root = torch.linalg.cholesky((self.covariance + ridge * torch.eye(len(self.covariance), device=x.device)).double())
-        weight = torch.cholesky_solve(self.cross.double(), root).float()
-        return (x - self.mean_x) @ weight + self.mean_own
+        return (x - self.mean_x) @ ridge_weight(self.covariance, self.cross) + self.mean_own
 
 
 def choose_shared(
@@ -124,6 +121,18 @@ def weighted_moments(x: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor
     return centred.t() @ centred, centred.t() @ ((target - mean_y) * root), mean_x, mean_y
 
 
+def ridge_weight(covariance: Tensor, cross: Tensor) -> Tensor:
+    """(D, M) ridge regression from :func:`weighted_moments`' (D, D) and (D, M), with the routers' ridge."""
+    return torch.cholesky_solve(cross.double(), _root(covariance, _ROUTER_RIDGE)).float()
+
+
+def _root(covariance: Tensor, ridge: float) -> Tensor:
+    """(D, D) float64, the Cholesky factor of a covariance with so much of its mean variance on the diagonal."""
+    raised = covariance.clone()
+    raised.diagonal().add_(ridge * covariance.diagonal().mean().clamp_min(1e-12))
+    return torch.linalg.cholesky(raised.double())
+
+
 def group_neurons(activity: Activity, shared: Tensor, sizes: list[int], generator: torch.Generator) -> list[list[int]]:
     """Deal the neurons that are not shared to experts of the given sizes.
 
@@ -151,10 +160,7 @@ def group_neurons(activity: Activity, shared: Tensor, sizes: list[int], generato
 
 def _profiles(activity: Activity, neurons: Tensor, ridge: float = 0.01) -> Tensor:
     """(neurons, D) predictable activity profiles of unit mean square length, on the CPU."""
-    covariance = activity.covariance.clone()
-    covariance.diagonal().add_(ridge * covariance.diagonal().mean().clamp_min(1e-12))
-    root = torch.linalg.cholesky(covariance.double())
-    cross = activity.cross[:, neurons].double()
+    root, cross = _root(activity.covariance, ridge), activity.cross[:, neurons].double()
     profiles = torch.linalg.solve_triangular(root, cross, upper=False).t().float().cpu()
     return profiles / profiles.square().sum(1).mean().sqrt().clamp_min(1e-30)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .neurons import ROUTER_RIDGE, weighted_moments
-
-_CHUNK = 2048
+from .neurons import ridge_weight, weighted_moments
+from .refit import CHUNK
 
 
 def fit_router(x: Tensor, hidden: Tensor, down: Tensor, experts: list[list[int]], weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,10 +27,9 @@ def fit_router(x: Tensor, hidden: Tensor, down: Tensor, experts: list[list[int]]
     for number, neurons in enumerate(experts):
         belongs[neurons, number] = 1.0
     belongs *= down.square().sum(0)[:, None]
-    target = torch.cat([((part - mean).square_() @ belongs).sqrt_() for part in hidden.split(_CHUNK)])
+    target = torch.cat([((part - mean).square_() @ belongs).sqrt_() for part in hidden.split(CHUNK)])
     gram, cross, mean_x, mean_y = weighted_moments(x, target, weights)
-    gram.diagonal().add_(ROUTER_RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-    weight = torch.cholesky_solve(cross.double(), torch.linalg.cholesky(gram.double())).t().float()
+    weight = ridge_weight(gram, cross).t()
     return weight, mean_y - weight @ mean_x
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..choice import oracle_loss
 from ..distil import Distillation, loss_of, probabilities, statistics
 from ..front import front_of
+from ..precision import multiplying
 from .config import TuneConfig
 from .loss import head_loss, relative_error
 from .student import Inside
@@ -62,8 +63,7 @@ class Distiller(nn.Module):
             return self._front_alone(inputs)
         stride = self.config.kl_stride
         positions = slice(step % stride, None, stride)
-        kind = inputs["input_ids"].device.type
-        with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
+        with multiplying(self.dtype, inputs["input_ids"].device):
             targets = self.teacher(inputs, self.dtype, positions)
             with self._inside.collecting():
                 hidden = hidden_states(self.student, inputs)
@@ -98,7 +98,7 @@ class Distiller(nn.Module):
         front = front_of(self.student)
         assert front is not None
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with multiplying(self.dtype, ids.device):
             wanted = self.teacher.front(inputs)
             scores = front.router(front.tokens(self.student, ids), mask)
         real = slice(None) if mask is None else mask.bool().flatten()
