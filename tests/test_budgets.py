@@ -32,6 +32,16 @@ def test_the_mean_is_kept(effects: list[float], k: int) -> None:
         assert sum(counts) == k * len(counts) and max(counts) - min(counts) <= 96 // 12
 
 
+def test_effects_count_relative_to_each_other() -> None:
+    counts = allocate([curve(e) for e in (4.0, 1.0, 0.1)])
+    assert (
+        allocate([curve(e * 1e-320) for e in (4.0, 1.0, 0.1)])
+        == counts
+        == allocate([curve(e * 1e300) for e in (4.0, 1.0, 0.1)])
+    )
+    assert allocate([curve(5e-324)] * 4) == allocate([curve(1.0)] * 4)
+
+
 def test_layers_that_matter_get_more() -> None:
     counts = allocate([curve(4.0), curve(1.0), curve(0.1)])
     assert counts[0] > counts[1] > counts[2] and sum(counts) == 96

@@ -17,15 +17,12 @@ from tuning import LENGTH, ROWS, batches, dense_model, pair, run
 
 import moecompile
 from moecompile.apply import moe_blocks
-from moecompile.block import BlockSpec, Experts
 from moecompile.choice import centred_scores, oracle_loss
 from moecompile.errors import InputError
 from moecompile.parity import evaluating
 from moecompile.products import blocked
 from moecompile.tuning import TuneConfig, share_tensors
 from moecompile.tuning.data import Windows
-from moecompile.tuning.experts import chosen_experts
-from moecompile.tuning.loss import Head, head_loss, top_log_probabilities
 
 HERE = Path(__file__).parent
 
@@ -34,78 +31,6 @@ HERE = Path(__file__).parent
 def float32_unless_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are compared here, so ``auto`` is float32 also on a CPU with bfloat16."""
     monkeypatch.setattr("moecompile.precision.native_bfloat16", lambda: False)
-
-
-# Gradients
-
-
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("tokens", [1, 23])
-@pytest.mark.parametrize("all_from", [0.0, 1.1], ids=["all", "chosen"])
-def test_experts_in_training_are_the_reference(
-    gated: bool, biased: bool, tokens: int, all_from: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moecompile.tuning.experts._ALL_FROM_ELSE", all_from)
-    monkeypatch.setattr("moecompile.tuning.experts._NARROW", 0)
-    torch.manual_seed(0)
-    spec = BlockSpec(
-        hidden_size=10, dense_width=25, shared_width=0, experts=5, expert_width=5, top_k=3, gated=gated,
-        activation="silu" if gated else "gelu", input_bias=biased, bias=True, expert_bias=biased,
-    )  # fmt: skip
-    experts = Experts(spec).double()
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    x = torch.randn(tokens, 10, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(tokens, 3, dtype=torch.float64, requires_grad=True)
-    ids = torch.rand(tokens, 4).topk(3, dim=1).indices  # expert 4 is never chosen
-    inputs = [x, weights, *experts.parameters()]
-    upstream = torch.randn(tokens, 10, dtype=torch.float64)
-    expected, own = experts(x, ids, weights), chosen_experts(experts, x, ids, weights)
-    torch.testing.assert_close(own, expected)
-    for mine, reference in zip(
-        torch.autograd.grad(own, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(mine, reference)
-
-
-@pytest.mark.parametrize("cap", [None, 5.0])
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("label_weight", [0.0, 0.7])
-def test_head_loss_is_that_of_whole_logits(
-    cap: float | None, biased: bool, label_weight: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moecompile.tuning.loss._CHUNK_BYTES", 4 * 50 * 16)  # 16 positions at a time, of 37
-    torch.manual_seed(0)
-    weight, bias = torch.randn(50, 8, dtype=torch.float64), torch.randn(50, dtype=torch.float64) if biased else None
-    head = Head(weight, bias, cap)
-    teacher = torch.randn(37, 8, dtype=torch.float64)
-    student = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(50, (37,))
-    labels[[3, 20, 36]] = -1
-
-    def log_softmax(hidden: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        return (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
-
-    p, log_q = log_softmax(teacher).exp(), log_softmax(student)
-    for count in (49, 6):
-        ids, logp = top_log_probabilities(teacher, head, count)
-        own, label = head_loss(student, head, ids, logp, labels, label_weight)
-        if count == 49:  # the class "everything else" is one word
-            expected = (p * (p.log() - log_q)).sum(1).mean()
-        else:
-            rest_p, rest_q = 1 - p.gather(1, ids).sum(1), 1 - log_q.gather(1, ids).exp().sum(1)
-            inner = (p.gather(1, ids) * (p.gather(1, ids).log() - log_q.gather(1, ids))).sum(1)
-            expected = (inner + rest_p * (rest_p / rest_q).log()).mean()
-        if label_weight:
-            cross = torch.nn.functional.nll_loss(log_q, labels, ignore_index=-1)
-            torch.testing.assert_close(label.double(), cross.detach(), rtol=1e-5, atol=1e-6)
-            expected = expected + label_weight * cross
-        torch.testing.assert_close(own.double(), expected, rtol=1e-5, atol=1e-6)
-        (mine,) = torch.autograd.grad(own, student)
-        (reference,) = torch.autograd.grad(expected, student, retain_graph=True)
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
 
 
 def test_centred_scores_are_positive_for_the_chosen_alone() -> None:

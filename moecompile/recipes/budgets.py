@@ -12,7 +12,7 @@ a language model get most: their errors travel through all the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ def levels(experts: int, top_k: int) -> list[int]:
 
 def allocate(curves: Sequence[Curve]) -> list[int]:
     """Experts per layer with the least sum of losses; together no more neurons than with each layer's ``reference``."""
+    largest = max((curve.effect for curve in curves), default=0.0) or 1.0
+    curves = [replace(curve, effect=curve.effect / largest) for curve in curves]  # so that tiny effects do not underflow
     choices = [sorted(curve.errors) for curve in curves]
     place = [0] * len(curves)
     left = sum(c.expert_width * (c.reference - k[0]) for c, k in zip(curves, choices, strict=True))

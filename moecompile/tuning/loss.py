@@ -78,21 +78,23 @@ class _HeadLoss(torch.autograd.Function):
             span = slice(start, start + head.chunk)
             q = head.logits(hidden[span])  # [C, V]
             slope = None if head.cap is None else 1 - (q / head.cap).square()
-            q = q.log_softmax(-1)  # in place from here on
+            here = labels[span].clamp_min(0).unsqueeze(1) if labels is not None and known is not None else None
+            real = known[span].unsqueeze(1) if known is not None else None  # [C, 1]
             p, log_p, index = logp[span].exp(), logp[span], ids[span]
-            log_q = q.gather(1, index)
+            q.sub_(q.amax(-1, keepdim=True))  # softmax by hand, in place: one exponential each
+            log_q, log_here = q.gather(1, index), q.gather(1, here) if here is not None else None
+            size = q.exp_().sum(-1, keepdim=True)
+            log_q -= size.log()
             p_rest = (1 - p.sum(1, keepdim=True)).clamp_min(0)
             q_rest = (1 - log_q.exp().sum(1, keepdim=True)).clamp_min(_SMALL)
             loss = (p * (log_p - log_q)).sum(1, keepdim=True) + p_rest * (p_rest.clamp_min(_SMALL).log() - q_rest.log())
             total += loss.sum()
-            here = labels[span].clamp_min(0).unsqueeze(1) if labels is not None and known is not None else None
-            real = known[span].unsqueeze(1) if known is not None else None  # [C, 1]
-            if here is not None and real is not None:
-                cross -= (q.gather(1, here) * real).sum()
+            if log_here is not None and real is not None:
+                cross -= ((log_here - size.log()) * real).sum()
             if grad is not None:
                 own = share * real if real is not None else 0.0
                 in_top = (log_q.exp() - p) / count + own * log_q.exp()
-                q.exp_().mul_((1 - p_rest / q_rest) / count + own).scatter_(1, index, in_top)
+                q.mul_(((1 - p_rest / q_rest) / count + own) / size).scatter_(1, index, in_top)
                 if here is not None and real is not None:
                     q.scatter_add_(1, here, (-share * real).to(q.dtype))
                 if slope is not None:
@@ -126,11 +128,26 @@ def head_loss(
     return _HeadLoss.apply(hidden, head, ids, logp, labels, label_weight)  # type: ignore[no-any-return]
 
 
+class _RelativeError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, target: Tensor) -> Tensor:
+        scale = torch.linalg.vector_norm(target, dim=-1, dtype=torch.float32).square_().clamp_min_(_SMALL)
+        apart = own.float() - target
+        each = torch.linalg.vector_norm(apart, dim=-1).square_().div_(scale)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(apart.mul_((2 / max(1, len(own)) / scale).unsqueeze(-1)))
+        ctx.dtype = own.dtype
+        return each.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grads[0]).to(ctx.dtype), None
+
+
 def relative_error(own: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of |own - target|^2 / |target|^2 for (T, D) float tensors.
+    """Mean over tokens of |own - target|^2 / |target|^2 for (T, D) float tensors, with a gradient for ``own``.
 
     Relative for each token, so that attention sinks, whose outputs are hundreds of times larger, count as one token each.
     """
-    target = target.float()
-    scale = target.square().sum(-1).clamp_min(_SMALL)
-    return ((own.float() - target).square().sum(-1) / scale).mean()
+    return _RelativeError.apply(own, target)  # type: ignore[no-any-return]

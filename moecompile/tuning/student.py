@@ -29,8 +29,11 @@ from ..choice import centred_scores
 from ..errors import InputError
 from ..front import PreGate, front_of
 from ..pregate import RoutingPlan
+from ..routers import Router
 from .config import TuneConfig
 from .experts import chosen_experts
+from .norms import closed_form
+from .scores import training_scores
 
 FRONT = "pregate"  # the name of the router at the front in a model
 
@@ -103,6 +106,10 @@ def ready_for_training(model: nn.Module, config: TuneConfig, inside: Inside) -> 
         replace(block.experts, functools.partial(chosen_experts, block.experts))
         if block.router is not None:
             replace(block.router, functools.partial(_route, block.router, config.straight_through, inside, path))
+    for module in list(model.modules()):
+        normalise = closed_form(module) if "rmsnorm" in type(module).__name__.lower() else None
+        if normalise is not None:
+            replace(module, normalise)
     front = front_of(model)
     if front is not None:
         replace(front, functools.partial(_decide, front, config.front_straight_through, inside), "_plan")
@@ -124,8 +131,8 @@ def ready_for_training(model: nn.Module, config: TuneConfig, inside: Inside) -> 
     return undo
 
 
-def _route(router: nn.Module, straight_through: bool, inside: Inside, path: str, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    ids, centred = centred_scores(router.scores(x), k)  # type: ignore[operator]
+def _route(router: Router, straight_through: bool, inside: Inside, path: str, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    ids, centred = centred_scores(training_scores(router, x), k)
     if inside.open:
         inside.scores[path] = centred
     weights = torch.ones_like(ids, dtype=x.dtype)
