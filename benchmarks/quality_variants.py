@@ -10,6 +10,8 @@ from moecompile.recipes import Calibrated, CMoE, ExpertWeaver, Flap, MoEfication
 FRACTIONS = (0.25, 0.5, 0.75)
 # Slices (shared, chosen, routed), of 256 for our own recipe (docs/quality.md), of 64 for the others that have fine experts.
 _OWN = {0.25: (40, 24, 216), 0.5: (80, 48, 176), 0.75: (128, 64, 128)}
+# The same with fewer chosen, so that the router's N products of width D are within the fraction too, where F is 1,536.
+_COUNTED = {0.25: (24, 27, 232), 0.5: (80, 38, 176), 0.75: (128, 56, 128)}
 _FINE = {0.25: (8, 8, 56), 0.5: (16, 16, 48), 0.75: (16, 32, 48)}
 _EIGHT = {0.25: (1, 1, 7), 0.5: (2, 2, 6), 0.75: (3, 3, 5)}  # CMoE's own: eight slices
 
@@ -35,6 +37,11 @@ class Variant:
 
 def _calibrated(fraction: float) -> Calibrated:
     shared, top_k, experts = _OWN[fraction]
+    return Calibrated(experts, shared, top_k)
+
+
+def _counted(fraction: float) -> Calibrated:
+    shared, top_k, experts = _COUNTED[fraction]
     return Calibrated(experts, shared, top_k)
 
 
@@ -82,5 +89,10 @@ VARIANTS: dict[str, Variant] = {
     "teal": Variant("neurons above a threshold of |h|, calibrated per layer", None, "teal", deployable=False),
     "wina": Variant("neurons above a threshold of |h| |w|, calibrated per layer", None, "wina", deployable=False),
     "calibrated": Variant("this project's recipe", _calibrated, dial=True),
+    "calibrated, router counted": Variant(
+        "the same with fewer experts on, so that neurons and router together compute no more than the fraction "
+        "(of a gated FFN of width 1,536)",
+        _counted,
+    ),
     "calibrated, oracle": Variant("its experts, chosen by what they would put out", _calibrated, "oracle", deployable=False),
 }

@@ -59,7 +59,10 @@ def test_every_variant_has_its_share_active() -> None:
             share = settings.get("active_fraction")
             if share is None:
                 share = (settings["shared"] + settings["top_k"]) / (settings["shared"] + settings["experts"])
-            assert share == fraction, name
+            if name.endswith("router counted"):
+                assert fraction - 0.01 < share + settings["experts"] / (3 * 1536) <= fraction, name
+            else:
+                assert share == fraction, name
 
 
 def test_variants_of_one_conversion_share_it() -> None:
