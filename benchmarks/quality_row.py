@@ -17,6 +17,7 @@ import moecompile
 from moecompile import checkpoint
 from moecompile.apply import moe_blocks
 from moecompile.cli.common import peak_rss_bytes
+from moecompile.cli.convert import batch_size, held_windows
 from moecompile.conversion import convert_with_record
 from moecompile.costs import dense_costs, moe_costs
 from moecompile.evaluate import active_fraction, lambada, perplexity
@@ -25,8 +26,6 @@ from moecompile.memory import keep_freed
 from moecompile.progress import Progress
 from moecompile.recipes import RECIPES
 from moecompile.text import calibration_windows, evaluation_windows, read_passages
-
-_BATCH, _HELD_OUT = 4, 2  # as `moecompile convert`
 
 
 def main() -> None:
@@ -61,12 +60,14 @@ class Job:
         return self._converted(dense)
 
     def _calibration(self) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
-        """Calibration inputs, an equal share of the tokens from each text, mixed; and two windows more that are held out."""
+        """Calibration inputs, an equal share of the tokens from each text, mixed; and as many more that are held out as
+        ``moecompile convert`` does."""
         job, length = self.job, self.job["calibration_window"]
-        tokens = job["calibration_tokens"] + _HELD_OUT * length
+        held = held_windows(length)
+        tokens = job["calibration_tokens"] + held * length
         rows = calibration_windows(self.tokenizer, job["calibration"], tokens, length, job["seed"])
-        kept = len(rows) - _HELD_OUT
-        return [{"input_ids": part} for part in rows[:kept].split(_BATCH)], [{"input_ids": rows[kept:]}]
+        kept = len(rows) - held
+        return [{"input_ids": part} for part in rows[:kept].split(batch_size(rows))], [{"input_ids": rows[kept:]}]
 
     def _unconverted(self, dense: nn.Module, name: str, wrap: str) -> dict[str, Any]:
         if wrap == "dense":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .block import MoEFFN
 from .errors import InputError, MatchError, PlanError
 from .front import attach
-from .plans import BIAS, DOWN, MEANS, ROUTER, MoEPlan, SitePlan
+from .plans import BIAS, DOWN, GAIN, MEANS, ROUTER, MoEPlan, SitePlan
 from .sites import DenseFFN
 
 
@@ -139,7 +139,30 @@ def install(model: nn.Module, plan: MoEPlan, blocks: Iterable[MoEFFN]) -> nn.Mod
             _set_module(model, path, nn.Identity())
     if plan.pregate is not None:
         attach(model, plan, blocks)
+    set_final_norm(model, plan)
     return model
+
+
+def set_final_norm(model: nn.Module, plan: MoEPlan) -> None:
+    """Put the plan's values for the norm before the head in the place of the model's, where it has any.
+
+    The parameter is a new one: the dense model may share the old one.
+
+    Raises:
+        PlanError: the model has no such parameter.
+    """
+    value = plan.tensors.get(f"{plan.final_norm}/{GAIN}")
+    if not plan.final_norm or value is None:
+        return
+    parent, _, name = plan.final_norm.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+        old = owner.get_parameter(name)
+    except AttributeError:
+        raise PlanError(f"the model has no parameter '{plan.final_norm}': plan and model differ") from None
+    if old.shape != value.shape:
+        raise PlanError(f"'{plan.final_norm}' has {len(old)} values in the model and {len(value)} in the plan")
+    setattr(owner, name, nn.Parameter(value.to(old), requires_grad=old.requires_grad))
 
 
 def build_blocks(model: nn.Module, plan: MoEPlan) -> list[MoEFFN]:

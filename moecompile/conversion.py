@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from .apply import build_block, build_blocks, install, moe_blocks
+from .apply import build_block, build_blocks, install, moe_blocks, set_final_norm
 from .block import MoEFFN
 from .capture import Captured, capture, normalise_inputs
 from .capture import example_inputs as guess_inputs
@@ -187,7 +187,8 @@ def convert(
         calibration: model inputs for the recipe.
         form: ``module``, the live module with its FFNs replaced, or ``graph``, the captured graph rewritten.
         inplace: replace the FFNs in ``model`` itself.
-        keep_exact: keep the dense down projection beside a refitted one, so that all experts on stays the dense model.
+        keep_exact: keep the dense down projection beside a refitted one, and the dense final norm in place of a refitted one,
+            so that all experts on stays the dense model.
         example_inputs, filter_fn, seed, progress: as for :func:`plan`.
 
     Raises:
@@ -237,6 +238,8 @@ def convert_with_record(
         matched = matches_of(the_plan, matched)
     else:
         the_plan = _plan(captured, matched.matches, plan_or_recipe, data, seed, progress)
+    if keep_exact and the_plan.final_norm:
+        progress.say(f"{the_plan.final_norm} stays the dense model's, so that all experts on is the dense model")
     the_plan = the_plan.with_exact(keep_exact)
     clock.mark("plan")
     samples = list(held_out or data.batches[:1]) or [captured.kwargs or captured.args]
@@ -315,7 +318,9 @@ def _assemble(model: nn.Module, captured: Captured, matched: Matched, the_plan: 
         rewritten = run_passes(captured.graph_module, [SplitFFN(matched.matches, blocks)]).graph_module
         if the_plan.pregate is not None:
             attach_to_graph(rewritten, _reading(the_plan, captured), blocks)
-        return GraphModule(rewritten, rewritten.graph)  # its Python code is written now, so that TorchDynamo can trace it
+        module = GraphModule(rewritten, rewritten.graph)  # its Python code is written now, so that TorchDynamo can trace it
+        set_final_norm(module, the_plan)
+        return module
     target = model if inplace else copy_but_ffns(model, the_plan)
     return install(target, the_plan, blocks)
 

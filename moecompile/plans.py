@@ -30,8 +30,9 @@ FORMAT = 1
 #   down (D, F)     the refitted down projection
 #   bias (D,)       a constant to add to the output besides
 #   router.*        parameters of the router, under its own names
-# Those of the router at the front stand under pregate/*.
-MEANS, DOWN, BIAS, ROUTER = "means", "down", "bias", "router."
+# Those of the router at the front stand under pregate/*, that of the final norm under <parameter>/gain.
+MEANS, DOWN, BIAS, ROUTER, GAIN = "means", "down", "bias", "router.", "gain"
+NORM_FIT = "norm_fit"  # in a plan's config: what fitting the final norm gained, or why it is the dense model's
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ class MoEPlan:
         sites: a plan per FFN, in the order of execution.
         tensors: fitted numbers, named ``<site name>/<tensor>``; those of the router at the front ``pregate/<parameter>``.
         pregate: the router at the front, where sites read their decision from it.
+        final_norm: the parameter of the norm before the head where it was fitted anew; the dense model's own where empty.
     """
 
     recipe: str
@@ -205,6 +207,7 @@ class MoEPlan:
     sites: tuple[SitePlan, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     pregate: PreGateSpec | None = None
+    final_norm: str = ""
 
     def site_tensors(self, name: str) -> dict[str, Tensor]:
         """The fitted tensors of one site, by bare name."""
@@ -231,9 +234,22 @@ class MoEPlan:
         return "layerwise" if any(s.router != "none" for s in self.sites) else "none"
 
     def with_exact(self, keep: bool) -> MoEPlan:
-        """The plan with the dense down projection kept beside wherever the recipe changed it."""
-        sites = tuple(replace(s, keep_exact=s.keep_exact or (keep and bool(s.fitted))) for s in self.sites)
-        return replace(self, sites=sites)
+        """The plan with the dense down projection kept beside wherever the recipe changed it, and the dense final norm."""
+        if not keep:
+            return self
+        sites = tuple(replace(s, keep_exact=s.keep_exact or bool(s.fitted)) for s in self.sites)
+        plan = replace(self, sites=sites)
+        return plan.with_dense_norm("all experts on is to be the dense model") if self.final_norm else plan
+
+    def with_final_norm(self, name: str, values: Tensor, metrics: Mapping[str, float]) -> MoEPlan:
+        """The plan with new values (D,) for the parameter ``name`` of the norm before the head, and what they gained."""
+        config = {**self.config, NORM_FIT: {"parameter": name, **metrics}}
+        return replace(self, config=config, tensors={**self.tensors, f"{name}/{GAIN}": values}, final_norm=name)
+
+    def with_dense_norm(self, reason: str) -> MoEPlan:
+        """The plan without such values, and why."""
+        kept = {key: value for key, value in self.tensors.items() if key != f"{self.final_norm}/{GAIN}"}
+        return replace(self, config={**self.config, NORM_FIT: {"dense": reason}}, tensors=kept, final_norm="")
 
     def with_front(self, spec: PreGateSpec, tensors: Mapping[str, Tensor]) -> MoEPlan:
         """The same split, every site reading its decision from a router at the front instead of its own.
@@ -255,7 +271,7 @@ class MoEPlan:
             replace(s, fitted=tuple(name for name in s.fitted if name.startswith(ROUTER)), keep_exact=False) for s in self.sites
         )
         tensors = {key: value for key, value in self.tensors.items() if _of_router(key)}
-        return replace(self, sites=sites, tensors=tensors)
+        return replace(self, sites=sites, tensors=tensors, final_norm="")
 
     def without_tensors(self) -> MoEPlan:
         """The structure alone, as it is kept with a model whose weights already hold the fitted numbers."""
@@ -263,7 +279,8 @@ class MoEPlan:
 
     def split_only(self) -> MoEPlan:
         """The same split without any compensation or router numbers: with all experts on it must equal the dense model."""
-        return replace(self, sites=tuple(replace(s, fitted=(), keep_exact=False) for s in self.sites), tensors={})
+        sites = tuple(replace(s, fitted=(), keep_exact=False) for s in self.sites)
+        return replace(self, sites=sites, tensors={}, final_norm="")
 
     def validate(self) -> None:
         """Check every site, and the fitted tensors' shapes.
@@ -287,6 +304,12 @@ class MoEPlan:
                     raise PlanError(f"site {plan.site.name}: '{name}' is {tuple(tensor.shape)}, not {shapes[name]}")
                 if not torch.isfinite(tensor).all():
                     raise PlanError(f"site {plan.site.name}: '{name}' holds NaN or infinity")
+        if self.final_norm:
+            gain = self.tensors.get(f"{self.final_norm}/{GAIN}")
+            if gain is None:
+                raise PlanError(f"the plan fits {self.final_norm} anew, and its values are not there")
+            if gain.dim() != 1 or not torch.isfinite(gain).all():
+                raise PlanError(f"the values of {self.final_norm} are not finite numbers, one for each feature")
 
     def _check_pregate(self) -> None:
         readers = [plan for plan in self.sites if plan.router == KIND]
@@ -315,6 +338,7 @@ class MoEPlan:
             "recipe": self.recipe,
             "config": dict(self.config),
             **({"pregate": self.pregate.to_dict()} if self.pregate is not None else {}),
+            **({"final_norm": self.final_norm} if self.final_norm else {}),
             "sites": [plan.to_dict() for plan in self.sites],
         }
 
@@ -333,7 +357,8 @@ class MoEPlan:
                 raise PlanError("the plan has no sites")
             front = data.get("pregate")
             pregate = None if front is None else PreGateSpec.from_dict(front)
-            plan = cls(str(data["recipe"]), dict(data["config"]), sites, dict(tensors or {}), pregate)
+            norm = str(data.get("final_norm", ""))
+            plan = cls(str(data["recipe"]), dict(data["config"]), sites, dict(tensors or {}), pregate, norm)
             plan._check_pregate()
             return plan
         except (KeyError, TypeError) as error:
@@ -359,7 +384,7 @@ class MoEPlan:
 
         path = Path(path)
         plan = cls.from_dict(read_json(path))
-        if plan.pregate is not None or any(site.fitted for site in plan.sites):
+        if plan.pregate is not None or plan.final_norm or any(site.fitted for site in plan.sites):
             beside = path.with_suffix(".safetensors")
             try:
                 plan = replace(plan, tensors=load_file(beside))

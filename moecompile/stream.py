@@ -2,7 +2,7 @@
 
 A :class:`Stream` executes the graph up to the input of each FFN, for all batches, and waits for the FFN's output before it
 goes on. Two streams over the same graph, one fed with dense outputs and one with the outputs of the converted FFNs, are what
-a sequential recipe needs. Nothing behind the last FFN (the head) is computed.
+a sequential recipe needs. Nothing behind the last FFN (the head) is computed, but for one node that may be asked for.
 """
 
 from __future__ import annotations
@@ -30,16 +30,22 @@ class Stream:
         matches: its FFNs in order.
         batches: model inputs (each as for :func:`moecompile.capture.capture`).
         dtype: what the graph's products are computed in (:func:`.precision.multiplying`).
+        last: a node behind the last FFN, for :meth:`behind`.
 
     Raises:
         InputError: a batch does not fit the graph's inputs.
     """
 
     def __init__(
-        self, captured: Captured, matches: Sequence[Match], batches: Sequence[Any], dtype: torch.dtype = torch.float32
+        self,
+        captured: Captured,
+        matches: Sequence[Match],
+        batches: Sequence[Any],
+        dtype: torch.dtype = torch.float32,
+        last: fx.Node | None = None,
     ) -> None:
-        self.captured, self.matches, self.dtype = captured, tuple(matches), dtype
-        self._segments, self._dead_within, self._dead_behind = _segments(captured.graph_module.graph, self.matches)
+        self.captured, self.matches, self.dtype, self._last = captured, tuple(matches), dtype, last
+        self._segments, self._dead_within, self._dead_behind = _segments(captured.graph_module.graph, self.matches, last)
         self._device = next((parameter.device for parameter in captured.module.parameters()), torch.device("cpu"))
         self._attributes: dict[fx.Node, Any] = {}
         self._position = 0
@@ -74,13 +80,24 @@ class Stream:
     def inputs(self, number: int) -> list[Tensor]:
         """The input (..., D) of FFN ``number`` for every batch."""
         assert number == self._position, "the FFNs of a stream are visited in order"
+        self._advance(number)
+        return [state[self.matches[number].x] for state in self._states]
+
+    @torch.no_grad()
+    def behind(self) -> Tensor:
+        """The values of ``last`` once every FFN was fed, (T, D), padding left out."""
+        assert self._last is not None and self._position == len(self.matches), "a node behind the last FFN"
+        self._advance(self._position)
+        return self.tokens(self._position, [state[self._last] for state in self._states])
+
+    def _advance(self, number: int) -> None:
+        """Run the graph up to FFN ``number``, or from the last FFN on."""
         with multiplying(self.dtype, self._device):
             for state in self._states:
                 for node in self._segments[number]:
                     self._run(node, state)
                     for dead in self._dead_within.get(node, ()):
                         state.pop(dead, None)
-        return [state[self.matches[number].x] for state in self._states]
 
     def tokens(self, number: int, values: Sequence[Tensor]) -> Tensor:
         """The values of every batch as one (T, D) tensor, padding left out."""
@@ -171,17 +188,18 @@ class Stream:
 
 
 def _segments(
-    graph: fx.Graph, matches: tuple[Match, ...]
+    graph: fx.Graph, matches: tuple[Match, ...], last: fx.Node | None
 ) -> tuple[list[list[fx.Node]], dict[fx.Node, list[fx.Node]], list[list[fx.Node]]]:
-    """For each FFN the nodes to run before it, in order; for each node the values that nobody needs once it has run; and for
-    each FFN the values that nobody needs behind it."""
+    """For each FFN (and for ``last``, behind them) the nodes to run before it, in order; for each node the values that nobody
+    needs once it has run; and for each FFN the values that nobody needs behind it."""
     outputs = {match.out for match in matches}
     done: set[fx.Node] = set()
     segments: list[list[fx.Node]] = []
     order = {node: index for index, node in enumerate(graph.nodes)}
-    for match in matches:
+    reads = [[match.x] if match.residual is None else [match.x, match.residual] for match in matches]
+    for targets in [*reads, *([[last]] if last is not None else [])]:
         needed: set[fx.Node] = set()
-        pending = [match.x] if match.residual is None else [match.x, match.residual]
+        pending = list(targets)
         while pending:
             node = pending.pop()
             if node in needed or node in done or node in outputs or node.op != "call_function":
@@ -199,14 +217,13 @@ def _segments(
                     last_user[source] = node
     behind: list[list[fx.Node]] = [[] for _ in matches]
     kept: set[fx.Node] = set()
-    for number, match in enumerate(matches):  # what an FFN reads must outlive its segment
-        for read in (match.x, match.residual):
-            if read is not None:
-                kept.add(read)
-                if read not in last_user or order[last_user[read]] <= order[match.out]:
-                    behind[number].append(read)
+    for number, (match, read_by) in enumerate(zip(matches, reads, strict=True)):  # what an FFN reads must outlive its segment
+        for read in read_by:
+            kept.add(read)
+            if read not in last_user or order[last_user[read]] <= order[match.out]:
+                behind[number].append(read)
     within: dict[fx.Node, list[fx.Node]] = {}
     for node, user in last_user.items():
-        if node not in kept or not any(node in values for values in behind):
+        if node is not last and (node not in kept or not any(node in values for values in behind)):
             within.setdefault(user, []).append(node)
     return segments, within, behind

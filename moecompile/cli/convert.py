@@ -17,12 +17,13 @@ from ..conversion import Conversion, convert_with_record
 from ..distil import Distillation
 from ..errors import InputError
 from ..files import check_new_folder
-from ..hub import check_positions, load_dense, local_path, stored_dtype
+from ..hub import check_positions, load_dense, local_path, positions, stored_dtype
+from ..plans import NORM_FIT
 from ..precision import PRECISIONS
 from ..recipes import RECIPES, ReadMe, Recipe
 from ..recipes.survey import BUDGETS
 from ..targets import TARGETS
-from ..text import calibration_windows
+from ..text import calibration_windows, read_text
 from ..version import __version__
 from . import command
 from .common import (
@@ -37,8 +38,9 @@ from .common import (
     versions,
 )
 
-_HELD_OUT = 2  # windows kept from calibration, on which the layers' errors and the experts' usage are measured
-_BATCH = 4
+_HELD_OUT = 1024  # tokens (or a window) kept from calibration, on which the layers' errors and the experts' usage are measured
+_BATCH, _BATCH_TOKENS = 4, 2048  # windows at most, and tokens
+_WINDOW = 1024
 
 
 def add(commands: Any) -> None:
@@ -110,18 +112,33 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--calibration-tokens",
         type=int,
-        default=81920,
+        default=65536,
         metavar="T",
-        help="tokens in all, shared equally among the files (default: 81920)",
+        help="tokens in all, shared equally among the files (default: 65536)",
     )
-    sub.add_argument("--calibration-window", type=int, default=512, metavar="L", help="tokens per window (default: 512)")
+    sub.add_argument(
+        "--calibration-window",
+        type=int,
+        metavar="L",
+        help=f"tokens per window (default: {_WINDOW}, or as many as the model has positions)",
+    )
     sub.add_argument(
         "--precision",
         choices=PRECISIONS,
         help="recipe calibrated: what products over calibration tokens are computed in (default: auto, bfloat16 where the "
         "device multiplies it natively)",
     )
-    sub.add_argument("--keep-exact", action="store_true", help="keep the dense down projection beside a refitted one")
+    sub.add_argument(
+        "--final-norm",
+        action=argparse.BooleanOptionalAction,
+        help="recipe calibrated: fit the norm before the head anew, to the dense model's next words (default: yes, where all "
+        "experts on need not stay the dense model)",
+    )
+    sub.add_argument(
+        "--keep-exact",
+        action="store_true",
+        help="keep the dense down projection beside a refitted one, and the dense final norm",
+    )
     sub.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -158,7 +175,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 _SETTINGS = (
     "experts", "shared", "top_k", "active_fraction", "budget", "compensation", "plain_statistics", "disjoint", "ranking",
-    "own_table", "router_target", "scores", "rank", "markers", "precision",
+    "own_table", "router_target", "scores", "rank", "markers", "precision", "final_norm",
 )  # fmt: skip
 
 
@@ -179,18 +196,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     check_new_folder(options.out, options.overwrite)
     torch.manual_seed(options.seed)
     tokenizer = _tokenizer(options)
-    windows = _windows(options, tokenizer) if options.calibration else None
+    windows = _windows(options, tokenizer) if options.calibration and options.calibration_window is not None else None
+    for file in options.calibration or ():  # what cannot be read is told before the model is loaded
+        read_text(file)
     progress.say(f"loading {options.model}")
     model = load_dense(options.model, trust_remote_code=options.trust_remote_code)
     stored = stored_dtype(options.model, trust_remote_code=options.trust_remote_code)
     model = model.to(device_of(options))  # type: ignore[arg-type]
+    if options.calibration and windows is None:
+        options.calibration_window = min(_WINDOW, positions(model) or _WINDOW)
+        windows = _windows(options, tokenizer)
     held: Any = None
     batches: Any = None
     if windows is not None:
         check_positions(model, windows.shape[1], "--calibration-window")
         rows = windows.to(next(model.parameters()).device)
         kept = _held(rows)
-        batches = [inputs_of(model, part) for part in rows[: len(rows) - kept].split(_BATCH)]
+        batches = [inputs_of(model, part) for part in rows[: len(rows) - kept].split(batch_size(rows))]
         held = [inputs_of(model, rows[len(rows) - kept :])] if kept else None
         if isinstance(recipe, ReadMe):
             batches = _by_domain(options, model, tokenizer)
@@ -226,12 +248,22 @@ def _windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
     """Calibration windows, and the few held out, drawn together so that they are different ones."""
     tokens = options.calibration_tokens
     if tokens >= options.calibration_window:
-        tokens += _HELD_OUT * options.calibration_window
+        tokens += held_windows(options.calibration_window) * options.calibration_window
     return calibration_windows(tokenizer, options.calibration, tokens, options.calibration_window, options.seed)
 
 
+def held_windows(length: int) -> int:
+    """How many windows of so many tokens are held out."""
+    return max(1, min(2, _HELD_OUT // length))
+
+
 def _held(rows: Tensor) -> int:
-    return min(_HELD_OUT, len(rows) - 1)
+    return min(held_windows(rows.shape[1]), len(rows) - 1)
+
+
+def batch_size(rows: Tensor) -> int:
+    """Calibration windows (B, L) at a time."""
+    return max(1, min(_BATCH, _BATCH_TOKENS // rows.shape[1]))
 
 
 def _by_domain(options: argparse.Namespace, model: nn.Module, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
@@ -249,7 +281,7 @@ def _by_domain(options: argparse.Namespace, model: nn.Module, tokenizer: Any) ->
     found = {}
     for name, path in zip(names, options.calibration, strict=True):
         rows = calibration_windows(tokenizer, [path], share, options.calibration_window, options.seed).to(device)
-        found[name] = [inputs_of(model, part) for part in rows.split(_BATCH)]
+        found[name] = [inputs_of(model, part) for part in rows.split(batch_size(rows))]
     return found
 
 
@@ -273,7 +305,7 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
     first = plan.sites[0]
     calibration = None
     if windows is not None and recipe.needs_calibration:
-        held = min(_HELD_OUT, len(windows) - 1)
+        held = _held(windows)
         calibration = {
             "files": [path.name for path in options.calibration],
             "tokens": (len(windows) - held) * windows.shape[1],
@@ -294,6 +326,7 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
         "shared": settings.get("shared", 1),
         "top_k": plan.top_k,
         **({"domains": plan.config["domains"]} if plan.config.get("domains") else {}),
+        **({"final_norm": plan.config[NORM_FIT]} if plan.config.get(NORM_FIT) else {}),
         **({"router_training": plan.config["router_training"]} if plan.config.get("router_training") else {}),
         "router": plan.router,
         "active_fraction": round(plan.active_fraction, 6),
@@ -333,6 +366,17 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
 _SITE_KEYS = ("name", "kind", "activation", "hidden_size", "intermediate_size", "bias", "layout")
 
 
+def _norm_line(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "dense" in found:
+        return f"final norm: the dense model's ({found['dense']})\n"
+    return (
+        f"final norm: {found['parameter']} fitted anew, divergence from the dense model's next words "
+        f"{found['divergence_before']:.3f} -> {found['divergence']:.3f} nats\n"
+    )
+
+
 def _summary(record: dict[str, Any], out: Path) -> str:
     errors = [row["relative_error"] for row in record["reconstruction"]]
     mean = sum(errors) / len(errors) if errors else 0.0
@@ -341,6 +385,6 @@ def _summary(record: dict[str, Any], out: Path) -> str:
         f"all experts on, before compensation: max abs error {record['parity_max_abs_error']:.2e} "
         f"(allowed {record['parity_tolerance']:.0e})\n"
         f"chosen experts against the same dense neurons: relative error {record['routing_relative_error']:.1e}\n"
-        f"relative error per layer at top_k: mean {mean:.3f}\n"
+        f"relative error per layer at top_k: mean {mean:.3f}\n{_norm_line(record.get('final_norm'))}"
         f"{record['seconds']['total']:.0f} s, peak memory {record['peak_rss_bytes'] / 2**30:.2f} GiB"
     )

@@ -12,13 +12,17 @@ Then in order, with x, h of the *converted* stream and y, r of the *dense* one (
     4. router: ridge regression of the experts' amplitudes on x                       (routing.fit_router)
     5. refit of the down projection against y + drift * (r - r'), clipped             (refit.refit_down)
 
-The last step lets each layer repair part of what the layers before it broke. docs/quality.md holds what was tried.
+The last step lets each layer repair part of what the layers before it broke. Behind the last FFN, in a language model:
+
+    6. gain of the norm before the head, fitted to the dense model's next words       (final_norm.refit_final_norm)
+
+docs/quality.md holds what was tried.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +35,7 @@ from ..precision import PRECISIONS, compute_dtype, multiplying, product
 from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, Recipe, check_counts, planner
+from .final_norm import FinalNorm, find_final_norm, refit_final_norm
 from .neurons import token_weights
 from .refit import CHUNK, Mask, idle_means, neuron_mask, refit_down
 from .routing import fit_router, route
@@ -40,6 +45,7 @@ from .survey import BUDGETS, Split, survey
 # own outputs are tiny and their drift is hundreds of times larger; unclipped it took over the regression on one seed
 # (perplexity 108 instead of 68).
 _DRIFT_LIMIT = 4.0
+_KEEP_EVERY = 12  # one batch in so many is kept from the regressions: the final norm needs tokens that they have not seen
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Calibrated(Recipe):
             experts on; with fewer it is as ``even``), ``even`` gives every layer K.
         precision: what products over tokens are multiplied in; ``auto`` is bfloat16 where the device multiplies it natively,
             for a model in float32. Routers are fitted, and choose, in float32.
+        final_norm: fit the norm before the head anew, where the model has logits of words.
     """
 
     experts: int = 96
@@ -63,6 +70,7 @@ class Calibrated(Recipe):
     drift: float = 0.6
     budget: str = "effect"
     precision: str = "auto"
+    final_norm: bool = True
 
     def check(self) -> None:
         """Refuse numbers that make no sense."""
@@ -82,14 +90,20 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
     dtype: torch.dtype = getattr(torch, recipe.precision)
     generator = torch.Generator().manual_seed(context.seed)
     splits = survey(context, recipe.experts, recipe.shared, recipe.top_k, recipe.budget, generator, dtype)
-    dense_stream = Stream(context.captured, context.matches, context.batches, dtype)
-    moe_stream = Stream(context.captured, context.matches, context.batches, dtype)
+    norm = find_final_norm(context.captured, context.vocabulary) if recipe.final_norm else ""
+    last = norm.states if isinstance(norm, FinalNorm) else None
+    enough = last is not None and len(context.batches) >= _KEEP_EVERY
+    kept = set(range(0, len(context.batches), _KEEP_EVERY)) if enough else set()
+    dense_stream = Stream(context.captured, context.matches, context.batches, dtype, last)
+    moe_stream = Stream(context.captured, context.matches, context.batches, dtype, last)
     sites: list[SitePlan] = []
     tensors: dict[str, Tensor] = {}
     for number, match in enumerate(context.progress.over(context.matches, "calibrating")):
         ffn = DenseFFN.read(match.site, context.captured.module)
         x_dense = dense_stream.tokens(number, dense_stream.inputs(number)).float()
-        x = moe_stream.tokens(number, moe_stream.inputs(number)).float()
+        inputs = moe_stream.inputs(number)
+        x = moe_stream.tokens(number, inputs).float()
+        unseen = _of_batches(moe_stream, inputs, kept)
         with multiplying(dtype, x.device):
             y = in_chunks(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), x_dense, ffn.site.hidden_size, ffn.up.dtype)  # type: ignore[misc]
         del x_dense
@@ -98,7 +112,7 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
             drift = dense_stream.residual(number).sub_(moe_stream.residual(number))
             target = y + clipped(recipe.drift * drift, y)
             del drift
-        planned, fitted, error, own = _plan_site(splits[number], ffn, x, y, target, dtype)
+        planned, fitted, error, own = _plan_site(splits[number], ffn, x, y, target, unseen, dtype)
         if error > 1.0:
             context.progress.say(
                 f"{match.site.name}: the relative error is {error:.2f}; the calibration text may not suit the model"
@@ -107,7 +121,20 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
         tensors.update({f"{match.site.name}/{name}": value.cpu() for name, value in fitted.items()})
         dense_stream.feed(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), y)  # type: ignore[misc]
         moe_stream.feed(build_block(planned, fitted, ffn).eval(), own)
-    return MoEPlan(recipe.name, recipe.settings(), tuple(sites), tensors)
+    plan = MoEPlan(recipe.name, recipe.settings(), tuple(sites), tensors)
+    if not isinstance(norm, FinalNorm):
+        return plan.with_dense_norm(norm) if recipe.final_norm else plan
+    states, wanted = moe_stream.behind(), dense_stream.behind()
+    found = refit_final_norm(norm, states, wanted, unseen, generator, dtype, context.progress)
+    if found is None:
+        return plan.with_dense_norm("unseen tokens gain nothing by another")
+    return plan.with_final_norm(norm.name, found.parameter, found.metrics)
+
+
+def _of_batches(stream: Stream, inputs: Sequence[Tensor], chosen: set[int]) -> Tensor:
+    """(T,) bool: the tokens of the chosen batches."""
+    counts = [len(stream.rows(index, value)) for index, value in enumerate(inputs)]
+    return torch.cat([torch.full((count,), index in chosen) for index, count in enumerate(counts)]).to(inputs[0].device)
 
 
 def _precision(recipe: Calibrated, context: Context) -> str:
@@ -134,7 +161,7 @@ def clipped(correction: Tensor, output: Tensor) -> Tensor:
 
 
 def _plan_site(
-    split: Split, ffn: DenseFFN, x: Tensor, y: Tensor, target: Tensor, dtype: torch.dtype
+    split: Split, ffn: DenseFFN, x: Tensor, y: Tensor, target: Tensor, unseen: Tensor, dtype: torch.dtype
 ) -> tuple[SitePlan, dict[str, Tensor], float, Tensor | None]:
     """One FFN: its plan, its fitted tensors, its weighted relative error on the calibration tokens, its outputs there.
 
@@ -143,6 +170,7 @@ def _plan_site(
         x: (T, D) the converted stream's inputs, float32.
         y: (T, D) the dense stream's outputs.
         target: (T, D) what the converted FFN should put out.
+        unseen: (T,) bool, tokens to fit nothing to.
         dtype: what products over tokens are multiplied in.
     """
     site, shared, experts, top_k = ffn.site, split.shared, split.experts, split.top_k
@@ -153,7 +181,8 @@ def _plan_site(
     bias = None if ffn.down_bias is None else ffn.down_bias.float()
     with multiplying(dtype, x.device):
         hidden = in_chunks(ffn.hidden, x, site.intermediate_size, ffn.up.dtype)
-    weights = token_weights(torch.maximum(y.norm(dim=1), target.norm(dim=1)))
+    weights = torch.zeros(len(x), device=x.device)
+    weights[~unseen] = token_weights(torch.maximum(y.norm(dim=1), target.norm(dim=1))[~unseen])
     fitted: dict[str, Tensor] = {}
     chosen = torch.zeros(len(x), len(experts), dtype=torch.bool, device=x.device)
     if top_k:

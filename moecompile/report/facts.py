@@ -118,6 +118,7 @@ def _words(key: object) -> str:
 
 def _settings(record: Mapping[str, Any]) -> Block:
     settings = [(key, plain(value)) for key, value in as_mapping(record.get("recipe_config")).items()]
+    settings += [(f"final norm, {_words(key)}", plain(value)) for key, value in as_mapping(record.get("final_norm")).items()]
     versions = [("moecompile", plain(record.get("moecompile_version")))]
     versions += [(key, plain(value)) for key, value in as_mapping(record.get("versions")).items()]
     versions += [("record format", plain(record.get("format"))), ("created", plain(record.get("created")))]
