@@ -17,14 +17,14 @@ import moecompile
 from moecompile import checkpoint
 from moecompile.apply import moe_blocks
 from moecompile.cli.common import peak_rss_bytes
-from moecompile.cli.convert import batch_size, held_windows
+from moecompile.cli.convert import batched, held_windows
 from moecompile.conversion import convert_with_record
 from moecompile.costs import dense_costs, moe_costs
 from moecompile.evaluate import active_fraction, lambada, perplexity
 from moecompile.hub import load_dense, load_tokenizer
 from moecompile.memory import keep_freed
 from moecompile.progress import Progress
-from moecompile.recipes import RECIPES
+from moecompile.recipes import RECIPES, Recipe
 from moecompile.text import calibration_windows, evaluation_windows, read_passages
 
 
@@ -59,7 +59,7 @@ class Job:
             return [self._unconverted(dense, name, wrap) for name, wrap in self.job["variants"].items()]
         return self._converted(dense)
 
-    def _calibration(self) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+    def _calibration(self, recipe: Recipe | None = None) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
         """Calibration inputs, an equal share of the tokens from each text, mixed; and as many more that are held out as
         ``moecompile convert`` does."""
         job, length = self.job, self.job["calibration_window"]
@@ -67,7 +67,7 @@ class Job:
         tokens = job["calibration_tokens"] + held * length
         rows = calibration_windows(self.tokenizer, job["calibration"], tokens, length, job["seed"])
         kept = len(rows) - held
-        return [{"input_ids": part} for part in rows[:kept].split(batch_size(rows))], [{"input_ids": rows[kept:]}]
+        return [{"input_ids": part} for part in batched(rows[:kept], recipe)], [{"input_ids": rows[kept:]}]
 
     def _unconverted(self, dense: nn.Module, name: str, wrap: str) -> dict[str, Any]:
         if wrap == "dense":
@@ -78,8 +78,8 @@ class Job:
 
     def _converted(self, dense: nn.Module) -> list[dict[str, Any]]:
         job = self.job
-        calibration, held = self._calibration()
         recipe = RECIPES[job["recipe"]](**job["settings"])
+        calibration, held = self._calibration(recipe)
         done = convert_with_record(dense, recipe, calibration, held_out=held, seed=job["seed"], progress=self.progress)
         costs = {
             "active_fraction": round(active_fraction(done.module), 6),

@@ -132,7 +132,7 @@ def main() -> None:
             folder = options.work / (variant.start or name)
             if not variant.start:
                 convert = [options.model, str(folder), *variant.convert, "--seed", str(options.seed), "--overwrite"]
-                convert += ["--calibration-tokens", str(options.calibration_tokens), "--calibration-window", "512"]
+                convert += ["--calibration-tokens", str(options.calibration_tokens)]
                 done(options, folder, ["convert", *convert, "--calibration", *map(str, texts)])
                 row(options, name, False, folder)
             if not options.untuned:

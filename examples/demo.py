@@ -70,7 +70,6 @@ def main() -> None:
     )
 
     calibration = ["--calibration", *DOMAINS, "--calibration-tokens", str(options.calibration_tokens)]
-    calibration += ["--calibration-window", "512"]  # few tokens: rather more texts than longer ones
     recipes = {
         "static": ["--active-fraction", "0.5"],
         "flap": ["--active-fraction", "0.5"],

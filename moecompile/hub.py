@@ -244,22 +244,16 @@ def check_finite(model: nn.Module) -> None:
             raise CheckpointError(f"the weight '{name}' holds {count} values that are NaN or infinite")
 
 
-def positions(model: nn.Module) -> int | None:
-    """How many positions a model has by its config; None where that says nothing."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
-
-
 def check_positions(model: nn.Module, length: int, what: str) -> None:
     """Refuse texts longer than the model's positions.
 
     Raises:
         InputError: they are.
     """
-    longest = positions(model)
-    if longest is not None and length > longest:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
         raise InputError(f"{what} is {length} tokens; the model has {longest} positions")
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moecompile
+from moecompile.cli.convert import batched
 from moecompile.errors import PlanError
-from moecompile.recipes import Calibrated
+from moecompile.recipes import Calibrated, Static
 from moecompile.recipes.budgets import Curve, Divergence, allocate, levels
 from moecompile.sites import DenseFFN
 from moecompile.stream import Stream
@@ -116,3 +117,13 @@ def test_a_model_gets_budgets_of_its_own() -> None:
     assert [block.top_k for block in moecompile.apply.moe_blocks(moe).values()] == [site.top_k for site in plan.sites]
     with pytest.raises(PlanError, match="no budget 'magic'"):
         moecompile.plan(dense, Calibrated(budget="magic"), batches)
+
+
+def test_budgets_are_measured_on_many_texts() -> None:
+    """`convert` gives `calibrated` a first batch of many windows' beginnings; other recipes get the windows alone."""
+    rows = torch.arange(20 * 512).reshape(20, 512)
+    first, *others = batched(rows, Calibrated())
+    assert torch.equal(first, rows[:16, :128]) and torch.equal(torch.cat(others), rows)
+    assert torch.equal(torch.cat(batched(rows, Static())), rows)
+    assert {len(part) for part in batched(rows[:8], Calibrated())} == {4}  # too few to choose from
+    assert [tuple(part.shape) for part in batched(rows.reshape(10, 1024), None)] == [(2, 1024)] * 5

@@ -17,13 +17,13 @@ from ..conversion import Conversion, convert_with_record
 from ..distil import Distillation
 from ..errors import InputError
 from ..files import check_new_folder
-from ..hub import check_positions, load_dense, local_path, positions, stored_dtype
+from ..hub import check_positions, load_dense, local_path, stored_dtype
 from ..plans import NORM_FIT
 from ..precision import PRECISIONS
-from ..recipes import RECIPES, ReadMe, Recipe
+from ..recipes import RECIPES, Calibrated, ReadMe, Recipe
 from ..recipes.survey import BUDGETS
 from ..targets import TARGETS
-from ..text import calibration_windows, read_text
+from ..text import calibration_windows
 from ..version import __version__
 from . import command
 from .common import (
@@ -40,7 +40,7 @@ from .common import (
 
 _HELD_OUT = 1024  # tokens (or a window) kept from calibration, on which the layers' errors and the experts' usage are measured
 _BATCH, _BATCH_TOKENS = 4, 2048  # windows at most, and tokens
-_WINDOW = 1024
+_MANY, _SHORT = 16, 128  # windows and tokens of the batch that budgets are measured on
 
 
 def add(commands: Any) -> None:
@@ -112,16 +112,11 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--calibration-tokens",
         type=int,
-        default=65536,
+        default=81920,
         metavar="T",
-        help="tokens in all, shared equally among the files (default: 65536)",
+        help="tokens in all, shared equally among the files (default: 81920)",
     )
-    sub.add_argument(
-        "--calibration-window",
-        type=int,
-        metavar="L",
-        help=f"tokens per window (default: {_WINDOW}, or as many as the model has positions)",
-    )
+    sub.add_argument("--calibration-window", type=int, default=512, metavar="L", help="tokens per window (default: 512)")
     sub.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -196,23 +191,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     check_new_folder(options.out, options.overwrite)
     torch.manual_seed(options.seed)
     tokenizer = _tokenizer(options)
-    windows = _windows(options, tokenizer) if options.calibration and options.calibration_window is not None else None
-    for file in options.calibration or ():  # what cannot be read is told before the model is loaded
-        read_text(file)
+    windows = _windows(options, tokenizer) if options.calibration else None
     progress.say(f"loading {options.model}")
     model = load_dense(options.model, trust_remote_code=options.trust_remote_code)
     stored = stored_dtype(options.model, trust_remote_code=options.trust_remote_code)
     model = model.to(device_of(options))  # type: ignore[arg-type]
-    if options.calibration and windows is None:
-        options.calibration_window = min(_WINDOW, positions(model) or _WINDOW)
-        windows = _windows(options, tokenizer)
     held: Any = None
     batches: Any = None
     if windows is not None:
         check_positions(model, windows.shape[1], "--calibration-window")
         rows = windows.to(next(model.parameters()).device)
         kept = _held(rows)
-        batches = [inputs_of(model, part) for part in rows[: len(rows) - kept].split(batch_size(rows))]
+        batches = [inputs_of(model, part) for part in batched(rows[: len(rows) - kept], recipe)]
         held = [inputs_of(model, rows[len(rows) - kept :])] if kept else None
         if isinstance(recipe, ReadMe):
             batches = _by_domain(options, model, tokenizer)
@@ -261,9 +251,15 @@ def _held(rows: Tensor) -> int:
     return min(held_windows(rows.shape[1]), len(rows) - 1)
 
 
-def batch_size(rows: Tensor) -> int:
-    """Calibration windows (B, L) at a time."""
-    return max(1, min(_BATCH, _BATCH_TOKENS // rows.shape[1]))
+def batched(rows: Tensor, recipe: Recipe | None) -> list[Tensor]:
+    """Calibration windows (W, L) in batches of a few.
+
+    `calibrated` measures by its first batch what each layer does to the model's output. One of a few long windows would favour
+    the kind of text that these happen to be of: it gets one of many short windows more, the others' beginnings.
+    """
+    parts = list(rows.split(max(1, min(_BATCH, _BATCH_TOKENS // rows.shape[1]))))
+    several = isinstance(recipe, Calibrated) and len(rows) > _MANY and rows.shape[1] > _SHORT
+    return [rows[:_MANY, :_SHORT], *parts] if several else parts
 
 
 def _by_domain(options: argparse.Namespace, model: nn.Module, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
@@ -281,7 +277,7 @@ def _by_domain(options: argparse.Namespace, model: nn.Module, tokenizer: Any) ->
     found = {}
     for name, path in zip(names, options.calibration, strict=True):
         rows = calibration_windows(tokenizer, [path], share, options.calibration_window, options.seed).to(device)
-        found[name] = [inputs_of(model, part) for part in rows.split(batch_size(rows))]
+        found[name] = [inputs_of(model, part) for part in batched(rows, None)]
     return found
 
 

@@ -58,7 +58,8 @@ class Calibrated(Recipe):
         top_k: K, experts chosen per token, on average over the layers; (S + K) / (N + S) of the neurons are active.
         drift: how much of the drift between dense and converted residual each layer tries to repair (0: none).
         budget: ``effect`` gives each layer its own number of experts by what idle ones do to the model's output (from 32
-            experts on; with fewer it is as ``even``), ``even`` gives every layer K.
+            experts on; with fewer it is as ``even``), ``even`` gives every layer K. The effect is measured on the first
+            calibration batch, which should be of many texts.
         precision: what products over tokens are multiplied in; ``auto`` is bfloat16 where the device multiplies it natively,
             for a model in float32. Routers are fitted, and choose, in float32.
         final_norm: fit the norm before the head anew, where the model has logits of words.
@@ -93,7 +94,7 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
     norm = find_final_norm(context.captured, context.vocabulary) if recipe.final_norm else ""
     last = norm.states if isinstance(norm, FinalNorm) else None
     enough = last is not None and len(context.batches) >= _KEEP_EVERY
-    kept = set(range(0, len(context.batches), _KEEP_EVERY)) if enough else set()
+    kept = set(range(_KEEP_EVERY - 1, len(context.batches), _KEEP_EVERY)) if enough else set()
     dense_stream = Stream(context.captured, context.matches, context.batches, dtype, last)
     moe_stream = Stream(context.captured, context.matches, context.batches, dtype, last)
     sites: list[SitePlan] = []
