@@ -244,7 +244,7 @@ def _windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
 
 def held_windows(length: int) -> int:
     """How many windows of so many tokens are held out."""
-    return max(1, min(2, _HELD_OUT // length))
+    return max(1, min(2, _HELD_OUT // max(1, length)))
 
 
 def _held(rows: Tensor) -> int:
