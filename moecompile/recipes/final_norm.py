@@ -222,14 +222,16 @@ class _Fit:
 
     def __init__(self, found: FinalNorm, dtype: torch.dtype) -> None:
         self.gain = (found.parameter.float() + found.offset) * found.factor
-        self.shift = None if found.shift is None else found.shift * found.factor
-        self.head, self.bias, self.dtype = found.head.to(dtype), found.head_bias, dtype
+        self.head, self.dtype = found.head.to(dtype), dtype
+        self.fixed = torch.zeros(len(self.head), device=self.head.device)  # the part of the logits that no token changes
+        if found.shift is not None:
+            self.fixed += product(found.shift * found.factor, self.head.t(), dtype)
+        if found.head_bias is not None:
+            self.fixed += found.head_bias
         self.chunk = max(1, _LOGITS // len(self.head))
 
     def _logits(self, u: Tensor, factors: Tensor | float) -> Tensor:
-        x = u * (self.gain * factors)
-        logits = product(x if self.shift is None else x + self.shift, self.head.t(), self.dtype)
-        return logits if self.bias is None else logits + self.bias
+        return self._along(u * factors).add_(self.fixed)
 
     def loss(self, u: Tensor, dense: Tensor, factors: Tensor) -> tuple[float, Tensor]:
         """Mean KL in nats over the tokens (T, D), and its gradient by the factors (D,)."""
@@ -243,17 +245,22 @@ class _Fit:
 
     def one_factor(self, u: Tensor, dense: Tensor) -> float:
         """The one factor for all channels with the least divergence, by three of Newton's steps from 1; from 0.5 to 2."""
-        factor = 1.0
+        factor, wanted = 1.0, 0.0  # (the dense model's mean of what a factor multiplies, summed over the tokens)
+        for part, reference in zip(u.split(self.chunk), dense.split(self.chunk), strict=True):
+            wanted += float((torch.softmax(self._logits(reference, 1.0), -1) * self._along(part)).sum())
         for _ in range(3):
-            slope = curvature = 0.0
-            for part, reference in zip(u.split(self.chunk), dense.split(self.chunk), strict=True):
-                wanted = torch.softmax(self._logits(reference, 1.0), -1)
-                along = product(part * self.gain, self.head.t(), self.dtype)
-                q = torch.softmax(self._logits(part, factor), -1)
+            slope, curvature = -wanted, 0.0
+            for part in u.split(self.chunk):
+                along = self._along(part)
+                q = torch.softmax(along * factor + self.fixed, -1)
                 mean = (q * along).sum(-1)
-                slope += float((mean - (wanted * along).sum(-1)).sum())
+                slope += float(mean.sum())
                 curvature += float(((q * along.square()).sum(-1) - mean.square()).sum())
             if not (math.isfinite(slope) and curvature > 0.0):
                 return factor
             factor = min(max(factor - slope / curvature, 0.5), 2.0)
         return factor
+
+    def _along(self, u: Tensor) -> Tensor:
+        """The part of the logits that a factor multiplies, (T, V)."""
+        return product(u * self.gain, self.head.t(), self.dtype)
