@@ -24,16 +24,23 @@ from moecompile.routers import Router
 from moecompile.sites import DenseFFN
 from moecompile.stream import Stream
 
-_CHUNK = 512  # tokens at a time: every expert's output is held
+_CHUNK = 512  # tokens at a time: every expert's hidden activations are held
 _SAMPLE = 4096  # tokens of a layer that its threshold is taken from
 
 
 class OracleRouter(Router):
-    """scores_e = |W_e h_e + c_e|, how much the output changes when expert e is on; from (T, D) tokens to (T, N)."""
+    """scores_e = |W_e h_e + c_e|, how much the output changes when expert e is on; from (T, D) tokens to (T, N).
+
+    Taken as h^T (W^T W) h + 2 h^T (W^T c) + c^T c, so that no expert's output is made.
+    """
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         self.experts = experts
+        down, bias = experts.down_proj.detach(), experts.down_bias
+        self.products = down.transpose(1, 2) @ down  # [N, I, I]
+        self.crossed = None if bias is None else torch.einsum("ndi,nd->ni", down, bias.detach())
+        self.constant = None if bias is None else bias.detach().square().sum(-1)  # [N]
 
     def scores(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, N)."""
@@ -49,10 +56,10 @@ class OracleRouter(Router):
             hidden = experts.act(gate) * up
         else:
             hidden = experts.act(rows)
-        out = torch.einsum("tni,ndi->tnd", hidden, experts.down_proj)
-        if experts.down_bias is not None:
-            out = out + experts.down_bias
-        return out.norm(dim=-1)
+        squares = (torch.einsum("tni,nij->tnj", hidden, self.products) * hidden).sum(-1)
+        if self.crossed is not None and self.constant is not None:
+            squares = squares + 2 * (hidden * self.crossed).sum(-1) + self.constant
+        return squares.clamp(min=0).sqrt()
 
 
 def with_oracle(moe: nn.Module) -> nn.Module:

@@ -17,6 +17,8 @@ from torch import Tensor
 from .activations import Activation
 
 _EMPTY = 0
+NARROW = 16  # neurons; experts of fewer are all multiplied on a CPU where tokens are many: their products are too small alone
+_TOKENS = 2048  # at a time, where all experts are multiplied: their hidden activations are held
 
 
 def _check(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, gated: bool) -> None:
@@ -55,6 +57,34 @@ def _by_expert(ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     return order, torch.bincount(flat, minlength=experts).tolist()
+
+
+def every_expert(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """What :func:`expert_ffn` computes, in a few large products: every expert multiplied, what was not chosen set to 0.
+
+    Operands and result are those of :func:`expert_ffn`; plain operators, so autograd sees through it.
+    """
+    (experts, hidden, width), halves, act = down.shape, 2 if gated else 1, Activation(activation)
+    gates = x.new_zeros(len(x), experts).scatter(1, ids, weights)  # [T, N]
+    rows = up.view(experts, halves, width, hidden).transpose(0, 1).reshape(halves, -1, hidden)  # [G, NI, D]
+    biases: list[Tensor | None] = [None] * halves
+    if up_bias is not None:
+        biases = list(up_bias.view(experts, halves, width).transpose(0, 1).reshape(halves, -1))
+    pre = [torch.nn.functional.linear(x, row, bias) for row, bias in zip(rows, biases, strict=True)]
+    h = act(pre[0]) * pre[1] if gated else act(pre[0])  # [T, NI]
+    h = h * gates.repeat_interleave(width, dim=1)
+    y = h @ down.transpose(1, 2).reshape(-1, hidden)
+    return y if down_bias is None else torch.addmm(y, gates, down_bias)
 
 
 def _generated(name: str, *operands: Any) -> Any:
@@ -116,6 +146,9 @@ def expert_ffn(
         y = y if down_bias is None else y + down_bias[flat]
         y = y * weights.reshape(-1, 1)
         return y.view(tokens, chosen, -1).sum(1, dtype=_accumulator(x)).to(x.dtype)
+    if down.shape[2] < NARROW and x.device.type == "cpu":
+        parts = zip(x.split(_TOKENS), ids.split(_TOKENS), weights.split(_TOKENS), strict=True)
+        return torch.cat([every_expert(*part, up, down, up_bias, down_bias, activation, gated) for part in parts])
     out = x.new_zeros(x.shape, dtype=_accumulator(x))
     order, counts = _by_expert(ids, experts)
     token_of, weight_of = order // chosen, weights.reshape(-1)[order].unsqueeze(-1)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moecompile import ops
 from moecompile.activations import Activation
-from moecompile.ops import expert_ffn, expert_ffn_backward
+from moecompile.ops import NARROW, expert_ffn, expert_ffn_backward
 
 
 def case(t: int, n: int, k: int, d: int, i: int, gated: bool, bias: bool, dtype=torch.float64, seed: int = 0):  # type: ignore[no-untyped-def]
@@ -54,7 +55,7 @@ def by_hand(x, ids, weights, up, down, up_bias, down_bias, activation: str, gate
     st.integers(1, 7),
     st.data(),
     st.integers(1, 6),
-    st.integers(1, 5),
+    st.one_of(st.integers(1, 5), st.integers(NARROW, NARROW + 2)),
     st.booleans(),
     st.booleans(),
     st.sampled_from(["silu", "gelu_tanh", "relu", "mul(x, sigmoid(mul(x, 1.702)))"]),
@@ -65,10 +66,19 @@ def test_forward_is_the_sum_by_hand(t: int, n: int, data, d: int, i: int, gated:
     torch.testing.assert_close(expert_ffn(*operands, activation, gated), by_hand(*operands, activation, gated))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_tokens_go_in_parts(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow experts are multiplied all together, so many tokens at a time."""
+    operands = case(23, 7, 3, 5, 4, True, bias)
+    monkeypatch.setattr(ops, "_TOKENS", 8)
+    torch.testing.assert_close(expert_ffn(*operands, "silu", True), by_hand(*operands, "silu", True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 33])
-def test_low_precision(dtype: torch.dtype, tokens: int) -> None:
-    operands = case(tokens, 6, 3, 16, 8, True, True, dtype)
+@pytest.mark.parametrize("width", [8, NARROW])
+def test_low_precision(dtype: torch.dtype, tokens: int, width: int) -> None:
+    operands = case(tokens, 6, 3, 16, width, True, True, dtype)
     ours, exact = expert_ffn(*operands, "silu", True), by_hand(*operands, "silu", True)
     assert ours.dtype == dtype
     scale = exact.abs().max()

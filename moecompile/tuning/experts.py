@@ -33,11 +33,10 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..block import Experts
-from ..ops import _by_expert
+from ..ops import NARROW, _by_expert, every_expert
 
 _ALL_FROM = {torch.bfloat16: 0.3}  # share of the experts from which on all of them are multiplied; the table above
 _ALL_FROM_ELSE = 0.5
-_NARROW = 16  # neurons
 
 
 class _ChosenExperts(torch.autograd.Function):
@@ -115,30 +114,6 @@ class _ChosenExperts(torch.autograd.Function):
         return gx, None, gweights, gup, gdown, gup_bias, gdown_bias, None, None
 
 
-def _all_experts(
-    own: Experts,
-    ids: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-) -> Tensor:
-    """The same with every expert multiplied and what was not chosen set to 0: few large products."""
-    (experts, hidden, width), halves = down.shape, 2 if own.gated else 1
-    gates = x.new_zeros(len(x), experts).scatter(1, ids, weights)  # [T, N]
-    rows = up.view(experts, halves, width, hidden).transpose(0, 1).reshape(halves, -1, hidden)  # [G, NI, D]
-    biases: list[Tensor | None] = [None] * halves
-    if up_bias is not None:
-        biases = list(up_bias.view(experts, halves, width).transpose(0, 1).reshape(halves, -1))
-    pre = [torch.nn.functional.linear(x, row, bias) for row, bias in zip(rows, biases, strict=True)]
-    h = own.act(pre[0]) * pre[1] if own.gated else own.act(pre[0])  # [T, NI]
-    h = h * gates.repeat_interleave(width, dim=1)
-    y = h @ down.transpose(1, 2).reshape(-1, hidden)
-    return y if down_bias is None else torch.addmm(y, gates, down_bias)
-
-
 def chosen_experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """What ``experts(x, ids, weights)`` computes: (T, D), (T, K), (T, K) -> (T, D), for training.
 
@@ -153,10 +128,9 @@ def chosen_experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) ->
     biases = [cast(tensor) for tensor in (experts.up_bias_or_none, experts.down_bias)]
     with torch.autocast(x.device.type, enabled=False):
         count, _, width = experts.down_proj.shape
-        least = 0.0 if width < _NARROW else _ALL_FROM.get(dtype or x.dtype, _ALL_FROM_ELSE)
-        if x.device.type == "cpu" and ids.shape[1] >= least * count:
-            return _all_experts(experts, ids, *tensors, *biases)  # type: ignore[arg-type]
+        least = 0.0 if width < NARROW else _ALL_FROM.get(dtype or x.dtype, _ALL_FROM_ELSE)
         x, weights, up, down = tensors  # type: ignore[assignment]
-        return _ChosenExperts.apply(  # type: ignore[no-any-return]
-            x, ids, weights, up, down, *biases, experts.act.name, experts.gated
-        )
+        operands = (x, ids, weights, up, down, *biases, experts.act.name, experts.gated)
+        if x.device.type == "cpu" and ids.shape[1] >= least * count:
+            return every_expert(*operands)  # type: ignore[arg-type]
+        return _ChosenExperts.apply(*operands)  # type: ignore[no-any-return]
