@@ -9,7 +9,7 @@ from moecompile.recipes import Calibrated, CMoE, ExpertWeaver, Flap, MoEfication
 
 FRACTIONS = (0.25, 0.5, 0.75)
 # Slices (shared, chosen, routed), of 256 for our own recipe (docs/quality.md), of 64 for the others that have fine experts.
-_OWN = {0.25: (40, 24, 216), 0.5: (80, 48, 176), 0.75: (128, 64, 128)}
+OWN = {0.25: (40, 24, 216), 0.5: (80, 48, 176), 0.75: (128, 64, 128)}
 # The same with fewer chosen, so that the router's N products of width D are within the fraction too, where F is 1,536.
 _COUNTED = {0.25: (24, 27, 232), 0.5: (80, 38, 176), 0.75: (128, 56, 128)}
 _FINE = {0.25: (8, 8, 56), 0.5: (16, 16, 48), 0.75: (16, 32, 48)}
@@ -36,7 +36,7 @@ class Variant:
 
 
 def _calibrated(fraction: float) -> Calibrated:
-    shared, top_k, experts = _OWN[fraction]
+    shared, top_k, experts = OWN[fraction]
     return Calibrated(experts, shared, top_k)
 
 

@@ -8,7 +8,7 @@ all alike. Medians over rounds; ``speedup`` is over dense in the same dtype. Row
     dense             the model under torch.compile (Inductor)
     static 50%, 25%   a dense model of half, a quarter of the FFN width under torch.compile: the practical ceiling
     ours 50%, 25%     the split model under moecompile.compile; with int8, the experts' weights are read as int8; with int8-all,
-                      those of projections and head too
+                      those of projections and head too. "slices of 6": quality.py's split for `calibrated`; the others have 24
     batched_mm, ...   the same split, the same weights and router, experts by transformers' implementations under torch.compile
                       (eager: without torch.compile, which would compile each of its loops' graphs anew)
 
@@ -51,6 +51,7 @@ from moecompile.recipes import Contiguous
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from fetch_model import fetch
+from quality_variants import OWN
 
 PROMPT = 128  # tokens in the cache when decoding starts
 Step = Callable[[], Tensor]  # one step -> its logits
@@ -237,6 +238,10 @@ def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool, only: list[
             call = other if name.startswith("eager") else torch.compile(other, dynamic=True)
             chosen[name] = System(other, call, part)
         chosen[f"ours {part:.0%}"] = System(moe, moecompile.compile(moe, dynamic=True), part)
+        if asked(name := f"ours {part:.0%}, slices of 6"):
+            shared, top_k, experts = OWN[part]
+            fine = split(dense, shared, experts, top_k)
+            chosen[name] = System(fine, moecompile.compile(fine, dynamic=True), part)
         byte = 1 / dtype.itemsize
         for weights, rest in (("int8", 1.0), ("int8-all", byte))[: 2 if phase == "decode" else 1]:
             if part == 0.5 and asked(name := f"ours {part:.0%}, {weights}"):
