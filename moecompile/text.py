@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,27 +95,89 @@ def evaluation_windows(tokenizer: Any, paths: Iterable[str | Path], length: int,
     return torch.cat(parts)
 
 
-def calibration_windows(tokenizer: Any, paths: Sequence[str | Path], tokens: int, length: int, seed: int) -> Tensor:
-    """About ``tokens`` tokens as (W, length) windows, an equal share from each file, spread over it at random places.
+def check_weights(option: str, weights: Sequence[float] | None, files: int) -> None:
+    """Refuse weights of texts that are not one positive number for each file.
 
     Raises:
-        InputError: a file cannot be read, or is shorter than a window.
+        InputError: names the option.
+    """
+    if weights is None:
+        return
+    if len(weights) != files:
+        raise InputError(f"{option} has {len(weights)} numbers for {files} files")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise InputError(f"{option} is {' '.join(f'{weight:g}' for weight in weights)}; weights are above 0")
+
+
+def shares(total: int, sizes: Sequence[int], weights: Sequence[float] | None = None) -> list[int]:
+    """How many of ``total`` windows each text gives: in proportion to its weight, and all that it has where that is less.
+
+    Args:
+        total: windows wanted.
+        sizes: windows that each text has.
+        weights: of each text, positive; None: all alike.
+
+    Returns:
+        Windows of each text; in all ``total``, or ``sum(sizes)`` where that is less.
+    """
+    parts = [1.0] * len(sizes) if weights is None else [float(weight) for weight in weights]
+    given, left = list(sizes), total
+    some = list(range(len(sizes)))  # the texts that give a part of what they have
+    while some:
+        whole = sum(parts[index] for index in some)
+        quotas = {index: left * parts[index] / whole for index in some}
+        short = [index for index in some if sizes[index] <= quotas[index]]
+        if not short:
+            break
+        left -= sum(sizes[index] for index in short)
+        some = [index for index in some if index not in short]
+    if some:
+        for index in some:
+            given[index] = int(quotas[index])
+        rest = left - sum(given[index] for index in some)
+        for index in sorted(some, key=lambda index: int(quotas[index]) - quotas[index])[:rest]:  # the largest remainders
+            given[index] += 1
+    return given
+
+
+def calibration_windows(
+    tokenizer: Any,
+    paths: Sequence[str | Path],
+    tokens: int,
+    length: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """About ``tokens`` tokens as (W, length) windows, each file's share spread over it at random places, all of them mixed.
+
+    Args:
+        tokenizer: the model's.
+        paths: the files.
+        tokens: how many in all; fewer where the files together have fewer.
+        length: tokens per window.
+        seed: of the windows' places and order.
+        weights: each file's share, in any unit; None: equal shares. What a short file lacks the others give.
+
+    Raises:
+        InputError: a file cannot be read, or is shorter than a window; the weights do not fit the files.
     """
     if length < 2:
         raise InputError(f"--calibration-window is {length}; a window needs at least 2 tokens")
     if tokens < length:
         raise InputError(f"--calibration-tokens is {tokens}; one window needs {length} (--calibration-window)")
+    check_weights("--calibration-weights", weights, len(paths))
     generator = torch.Generator().manual_seed(seed)
-    total = max(1, round(tokens / length))
-    shares = [total // len(paths) + (1 if index < total % len(paths) else 0) for index in range(len(paths))]
-    parts = []
-    for path, share in zip(paths, shares, strict=True):
-        whole = windows(token_ids(tokenizer, read_text(path)), length)
-        if len(whole) == 0:
+    wholes = []
+    for path in paths:
+        wholes.append(windows(token_ids(tokenizer, read_text(path)), length))
+        if len(wholes[-1]) == 0:
             raise InputError(
                 f"the calibration text {path} is shorter than one window of {length} tokens (--calibration-window)"
             )
-        chosen = torch.randperm(len(whole), generator=generator)[:share].sort().values
+    counts = shares(max(1, round(tokens / length)), [len(whole) for whole in wholes], weights)
+    parts = []
+    for whole, count in zip(wholes, counts, strict=True):
+        chosen = torch.randperm(len(whole), generator=generator)[:count].sort().values
         parts.append(whole[chosen])
     rows = torch.cat(parts)
     return rows[torch.randperm(len(rows), generator=generator)]

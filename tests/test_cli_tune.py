@@ -175,6 +175,7 @@ def test_another_dense_model_is_refused(
         (["--window", "1"], 640, "--window"),
         (["--window", "600"], 6400, "600"),
         (["--held-out", "0"], 640, "--held-out"),
+        (["--text-weights", "1", "2", "3", "4"], 640, "--text-weights has 4 numbers"),
         (["--warmup", "3"], 640, "--warmup"),
     ],
 )

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import corpus
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moecompile import InputError
-from moecompile.text import calibration_windows, evaluation_windows, read_passages, read_text, token_ids, windows
+from moecompile.text import calibration_windows, evaluation_windows, read_passages, read_text, shares, token_ids, windows
 
 
 class Numbers:
@@ -135,6 +137,31 @@ def test_calibration_shares_differ_by_one_at_most(tmp_path: Path, numbers: Numbe
     paths = [count_up(tmp_path / f"{part}.txt", 1000 * part, 1000 * part + 400) for part in range(3)]
     rows = calibration_windows(numbers, paths, 110, 10, seed=0)
     assert sorted(int((rows[:, 0] // 1000 == part).sum()) for part in range(3)) == [3, 4, 4]
+
+
+@given(st.integers(1, 200), st.lists(st.tuples(st.integers(1, 60), st.floats(0.01, 100)), min_size=1, max_size=6))
+def test_shares_follow_the_weights_as_far_as_the_texts_go(total: int, texts: list[tuple[int, float]]) -> None:
+    sizes, weights = [size for size, _ in texts], [weight for _, weight in texts]
+    taken = shares(total, sizes, weights)
+    assert sum(taken) == min(total, sum(sizes)) and all(0 <= part <= size for part, size in zip(taken, sizes, strict=True))
+    some = [index for index, size in enumerate(sizes) if taken[index] < size]
+    for a in some:  # no text that has more gives less, by its weight, than another
+        for b in range(len(sizes)):
+            assert (taken[a] + 1) / weights[a] >= (taken[b] - 1) / weights[b] - 1e-9
+
+
+def test_calibration_by_weights(tmp_path: Path, numbers: Numbers) -> None:
+    paths = [count_up(tmp_path / f"{part}.txt", 1000 * part, 1000 * part + size) for part, size in enumerate((400, 400, 50))]
+
+    def parts(tokens: int, weights: list[float]) -> list[int]:
+        rows = calibration_windows(numbers, paths, tokens, 10, 0, weights)
+        return [int((rows[:, 0] // 1000 == part).sum()) for part in range(3)]
+
+    assert parts(80, [1, 2, 1]) == [2, 4, 2]
+    assert parts(400, [1, 3, 4]) == [9, 26, 5]  # the last has no more
+    for weights in ([1, 2], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1], [1, float("inf"), 1]):
+        with pytest.raises(InputError, match="--calibration-weights"):
+            parts(80, weights)
 
 
 def test_calibration_is_spread_over_the_file(tmp_path: Path, numbers: Numbers) -> None:

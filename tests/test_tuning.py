@@ -333,6 +333,16 @@ def test_windows_are_dealt_equally_and_read_again() -> None:
     assert not torch.equal(rows.order, Windows(parts, 4, 3, seed=1).order)
 
 
+def test_windows_are_dealt_by_weights_from_the_first_on() -> None:
+    parts = [torch.full((5, 4), 1.0), torch.full((40, 4), 2.0), torch.full((9, 4), 3.0)]
+    rows = Windows(parts, 16, 3, seed=0, weights=[3, 2, 1])
+    assert len(rows) == 16
+    seen = torch.cat([rows[i] for i in range(len(rows))])[:, 0]
+    for count in (6, 12, 24, 48):
+        assert [int((seen[:count] == value).sum()) for value in (1, 2, 3)] == [count // 2, count // 3, count // 6]
+    assert rows.order[: 2 * 5].bincount(minlength=5)[:5].tolist() == [1] * 5  # a file is read whole before it is read again
+
+
 def test_the_rate_rises_and_falls() -> None:
     config = TuneConfig(warmup=0.2)
     rates = [config.rate(step, 50) for step in range(50)]

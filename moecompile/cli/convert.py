@@ -114,7 +114,14 @@ def add(commands: Any) -> None:
         type=int,
         default=81920,
         metavar="T",
-        help="tokens in all, shared equally among the files (default: 81920)",
+        help="tokens in all (default: 81920)",
+    )
+    sub.add_argument(
+        "--calibration-weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="each file's share of the tokens, in any unit: more for the kind of text that matters (default: equal shares)",
     )
     sub.add_argument("--calibration-window", type=int, default=512, metavar="L", help="tokens per window (default: 512)")
     sub.add_argument(
@@ -179,6 +186,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     progress = progress_of(options)
     recipe = recipe_of(options)
+    if options.calibration_weights and isinstance(recipe, ReadMe):
+        raise InputError("--calibration-weights has no meaning for the recipe 'read-me', whose experts have a text each")
+    if options.calibration_weights and not options.calibration:
+        raise InputError("--calibration-weights are shares of the files of --calibration; none is given")
     if recipe.needs_calibration and not options.calibration:
         raise InputError(f"the recipe '{options.recipe}' looks at data; give text with --calibration")
     path = local_path(options.model)
@@ -239,7 +250,9 @@ def _windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
     tokens = options.calibration_tokens
     if tokens >= options.calibration_window:
         tokens += held_windows(options.calibration_window) * options.calibration_window
-    return calibration_windows(tokenizer, options.calibration, tokens, options.calibration_window, options.seed)
+    return calibration_windows(
+        tokenizer, options.calibration, tokens, options.calibration_window, options.seed, options.calibration_weights
+    )
 
 
 def held_windows(length: int) -> int:
@@ -304,6 +317,7 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
         held = _held(windows)
         calibration = {
             "files": [path.name for path in options.calibration],
+            **({"weights": options.calibration_weights} if options.calibration_weights else {}),
             "tokens": (len(windows) - held) * windows.shape[1],
             "held_out_tokens": held * windows.shape[1],
             "window": windows.shape[1],

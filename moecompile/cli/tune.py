@@ -20,6 +20,7 @@ from ..files import check_new_folder
 from ..hub import check_positions, load_dense, load_tokenizer
 from ..precision import PRECISIONS
 from ..progress import Progress
+from ..text import check_weights
 from ..tuning import TuneConfig, Tuning, share_tensors, tune
 from ..tuning.config import STAGES
 from ..tuning.data import Windows, split
@@ -44,7 +45,14 @@ def add(commands: Any) -> None:
     )
     sub.add_argument("out", metavar="OUT", type=Path, help="a converted folder")
     add_texts(sub, "--text", "UTF-8 text or .jsonl with a 'text' field; the last tenth of each is held out", required=True)
-    sub.add_argument("--tokens", type=int, required=True, metavar="N", help="tokens to learn from, an equal share of each file")
+    sub.add_argument("--tokens", type=int, required=True, metavar="N", help="tokens to learn from, of all files")
+    sub.add_argument(
+        "--text-weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="each file's share of the tokens, in any unit (default: equal shares)",
+    )
     sub.add_argument(
         "--stage",
         default=",".join(_DEFAULTS.stages),
@@ -138,6 +146,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     if options.tokens < options.batch * options.window:
         raise InputError(f"--tokens is {options.tokens}; one step takes {options.batch * options.window} (--batch x --window)")
+    check_weights("--text-weights", options.text_weights, len(options.text))
     target = options.output or options.out
     check_new_folder(target, options.overwrite or options.output is None)
     with process_group(device_of(options)) as device:
@@ -164,7 +173,7 @@ def _tune(
     tokenizer = load_tokenizer(str(options.out), trust_remote_code=options.trust_remote_code)
     parts, held = split(tokenizer, options.text, options.window, options.held_out)
     steps = options.tokens // (options.batch * options.window)
-    batches = Windows(parts, steps, options.batch, options.seed)
+    batches = Windows(parts, steps, options.batch, options.seed, options.text_weights)
     source = dense_of(options.dense, record)
     progress.say(f"loading {options.out} and {source}")
     moe = checkpoint.load(options.out, device=device)
@@ -256,6 +265,7 @@ def _result(
         "window": options.window,
         "batch": options.batch,
         "texts": [Path(path).name for path in options.text],
+        **({"weights": options.text_weights} if options.text_weights else {}),
         "held_out": {"share": 0.1, "windows": len(held), "tokens": held.numel()},
         "processes": world()[1],
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

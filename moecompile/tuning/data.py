@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ HELD_OUT = 0.1  # the last share of each file, never trained on
 
 
 class Windows(Sequence[Tensor]):
-    """Batches (B, L) of windows, drawn equally from the files, each file's in a random order of its own.
+    """Batches (B, L) of windows, drawn from the files in turn, each file's in a random order of its own.
 
     A file that has been read to its end is shuffled and read again.
 
@@ -25,18 +26,24 @@ class Windows(Sequence[Tensor]):
         batches: how many batches.
         batch: B.
         seed: of the order.
+        weights: each file's share, in any unit; None: equal shares. The files alternate as evenly as the weights allow.
     """
 
-    def __init__(self, parts: Sequence[Tensor], batches: int, batch: int, seed: int) -> None:
+    def __init__(
+        self, parts: Sequence[Tensor], batches: int, batch: int, seed: int, weights: Sequence[float] | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.rows, self.batch = torch.cat(list(parts)), batch
-        offset, orders = 0, []
-        for part in parts:
-            share = -(-batches * batch // len(parts))
+        wanted, whole = batches * batch, math.fsum(weights or ()) or len(parts)
+        offset, orders, turns = 0, [], []
+        for part, weight in zip(parts, weights or (1.0,) * len(parts), strict=True):
+            share = math.ceil(wanted * weight / whole) + (weights is not None)  # rounding may ask for one more
             rounds = [torch.randperm(len(part), generator=generator) for _ in range(-(-share // len(part)))]
             orders.append(torch.cat(rounds)[:share] + offset)
+            turns.append((torch.arange(share, dtype=torch.float64) + 0.5) / weight)
             offset += len(part)
-        self.order = torch.stack(orders, dim=1).flatten()[: batches * batch]
+        turn = torch.cat(turns).argsort(stable=True)
+        self.order = torch.cat(orders)[turn[:wanted]]
 
     def __len__(self) -> int:
         return len(self.order) // self.batch
