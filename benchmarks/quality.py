@@ -52,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--examples", type=int, default=500, help="the first so many LAMBADA passages (default: 500)")
     made.add_argument("--calibration-tokens", type=int, default=16384)
     made.add_argument("--calibration-window", type=int, default=512)
+    made.add_argument("--calibration-weights", type=float, nargs="+", metavar="W",
+                      help="each domain's share of the calibration tokens (default: equal)")  # fmt: skip
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--fractions", type=float, nargs="+", choices=FRACTIONS, default=list(FRACTIONS))
     made.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
@@ -122,13 +124,14 @@ def started(options: argparse.Namespace, record: dict[str, Any] | None, corpora:
         "calibration": [Path(path).name for path in options.domains],
         "calibration_tokens": options.calibration_tokens,
         "calibration_window": options.calibration_window,
+        **({"calibration_weights": options.calibration_weights} if options.calibration_weights else {}),
     }
     if record is None:
         machine = {"cores": os.cpu_count(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))}
         return {"date": time.strftime("%Y-%m-%d"), "machine": machine, "settings": settings, "rows": []}
     if record.get("settings") != settings:
         kept = record.get("settings") or {}
-        other = next((name for name in settings if kept.get(name) != settings[name]), "settings")
+        other = next((name for name in {**settings, **kept} if kept.get(name) != settings.get(name)), "settings")
         raise SystemExit(f"{options.output} was measured with another '{other}'; give the same, or another --output")
     return record
 
@@ -143,6 +146,7 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
         "calibration": [str(folder / "calibration" / Path(path).name) for path in options.domains],
         "calibration_tokens": options.calibration_tokens,
         "calibration_window": options.calibration_window,
+        "calibration_weights": options.calibration_weights,
         "prefix": options.prefix,
         "dial": [name for name, variant in VARIANTS.items() if variant.dial] if options.prefix else [],
         "quiet": options.quiet,

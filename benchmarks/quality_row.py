@@ -65,7 +65,7 @@ class Job:
         job, length = self.job, self.job["calibration_window"]
         held = held_windows(length)
         tokens = job["calibration_tokens"] + held * length
-        rows = calibration_windows(self.tokenizer, job["calibration"], tokens, length, job["seed"])
+        rows = calibration_windows(self.tokenizer, job["calibration"], tokens, length, job["seed"], job["calibration_weights"])
         kept = len(rows) - held
         return [{"input_ids": part} for part in batched(rows[:kept], recipe)], [{"input_ids": rows[kept:]}]
 

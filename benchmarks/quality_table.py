@@ -33,14 +33,16 @@ def _heading(record: dict[str, Any]) -> str:
     settings, machine = record["settings"], record["machine"]
     parts = "; ".join(f"{name} {part['windows']}" for name, part in settings["corpora"].items())
     examples = sorted({row["examples"] for row in record["rows"] if "examples" in row})
+    weights = settings.get("calibration_weights")
+    shares = f" ({' : '.join(f'{weight:g}' for weight in weights)})" if weights else ""
     accuracy = f"LAMBADA: the first {' or '.join(map(str, examples))} passages. " if examples else ""
     return (
         f"# Conversion quality: {settings['model']}\n\n"
         f"{record['date']}, {machine['cores']} cores, {machine['threads']} thread(s). Perplexity, windows of "
         f"{settings['window']}: {parts}. {accuracy}Calibrated on {settings['calibration_tokens']} tokens of "
-        f"{', '.join(settings['calibration'])}, without the last tenth of each text, from which the windows of that name "
-        "are. Several seeds: geometric mean (smallest to largest). Compute: multiply-adds of the active FFN neurons and of "
-        "the router over those of the dense FFN; a dash where the choice itself needs every neuron."
+        f"{', '.join(settings['calibration'])}{shares}, without the last tenth of each text, from which the windows "
+        "of that name are. Several seeds: geometric mean (smallest to largest). Compute: multiply-adds of the active FFN "
+        "neurons and of the router over those of the dense FFN; a dash where the choice itself needs every neuron."
     )
 
 

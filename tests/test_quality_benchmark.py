@@ -95,6 +95,13 @@ def test_other_settings_are_refused() -> None:
     assert quality.started(options(), record, corpora) is record
     with pytest.raises(SystemExit, match="another 'calibration_tokens'"):
         quality.started(options("--calibration-tokens", "99"), record, corpora)
+    weighted = options("--domains", "a.txt", "b.txt", "--calibration-weights", "1", "4")
+    theirs = quality.started(weighted, None, corpora)
+    assert quality.started(weighted, theirs, corpora) is theirs
+    for other in ((), ("--calibration-weights", "1", "3")):
+        with pytest.raises(SystemExit, match="another 'calibration_weights'"):
+            quality.started(options("--domains", "a.txt", "b.txt", *other), theirs, corpora)
+    assert "of a.txt, b.txt (1 : 4), without" in quality_table.markdown({**theirs, "rows": [DENSE]}, {})
 
 
 def test_the_last_tenth_is_held_out(tmp_path: Path) -> None:
