@@ -17,9 +17,9 @@ from torch import Tensor
 from .activations import Activation
 
 _EMPTY = 0
-# Experts of fewer neurons are all multiplied on a CPU where tokens are many: their products are too small alone. 1,024 tokens, D 576,
-# 2 Zen 4 cores: N 176, K 48, 6 neurons 81 -> 29 ms (bfloat16 49 -> 12); N 112, K 16, 12 neurons 41 -> 34 (28 -> 15); N 56, K 8, 24
-# neurons would go from 18 to 36 (16 -> 15).
+# Experts of fewer neurons are all multiplied on a CPU where tokens are many: their products are too small alone. 1,024 tokens,
+# D 576, 2 Zen 4 cores, float32 (bfloat16): N 176, K 48, 6 neurons 81 -> 29 ms (49 -> 12); N 112, K 16, 12 neurons 41 -> 34
+# (28 -> 15); N 56, K 8, 24 neurons would go from 18 to 36 (16 -> 15).
 NARROW = 16
 _TOKENS = 2048  # at a time, where all experts are multiplied: their hidden activations are held
 
