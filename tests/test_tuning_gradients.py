@@ -24,7 +24,8 @@ def test_experts_in_training_are_the_reference(
     gated: bool, biased: bool, tokens: int, all_from: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moecompile.tuning.experts._ALL_FROM_ELSE", all_from)
-    monkeypatch.setattr("moecompile.tuning.experts._NARROW", 0)
+    for module in ("ops", "tuning.experts"):  # the reference multiplies each expert's own tokens
+        monkeypatch.setattr(f"moecompile.{module}.NARROW", 0)
     torch.manual_seed(0)
     spec = BlockSpec(
         hidden_size=10, dense_width=25, shared_width=0, experts=5, expert_width=5, top_k=3, gated=gated,
