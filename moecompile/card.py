@@ -50,10 +50,10 @@ def model_card(record: Mapping[str, Any], plan: MoEPlan) -> str:
     calibration = record.get("calibration")
     if calibration:
         files = ", ".join(calibration.get("files", ()))
-        rows.append(("calibration", f"{calibration.get('tokens', 0)} tokens of {files}"))
+        rows.append(("calibration", f"{calibration.get('tokens', 0)} tokens of {files}{_shares(calibration)}"))
     for run in record.get("tuning") or ():
         change = f"perplexity {run['perplexity_before']:.2f} to {run['perplexity_after']:.2f} on their held-out tenth"
-        rows.append(("tuning", f"{run['tokens']} tokens of {', '.join(run['texts'])}: {change}"))
+        rows.append(("tuning", f"{run['tokens']} tokens of {', '.join(run['texts'])}{_shares(run)}: {change}"))
     text += "\n## How it was made\n\n" + _table(("", ""), rows)
     evaluations = record.get("evaluations") or ()
     if evaluations:
@@ -74,6 +74,12 @@ def model_card(record: Mapping[str, Any], plan: MoEPlan) -> str:
     if versions:
         text += "\nMade with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".\n"
     return text
+
+
+def _shares(read: Mapping[str, Any]) -> str:
+    """The texts' weights, where they were not alike."""
+    weights = read.get("weights")
+    return f" in shares of {' : '.join(f'{weight:g}' for weight in weights)}" if weights else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

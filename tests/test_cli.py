@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import corpus
 from families import BY_NAME
 from gguf_files import write_llama
 from safetensors.torch import load_file
@@ -235,6 +236,21 @@ def test_convert_static(run: Run, dense: Path, tmp_path: Path, text: Path, compe
     for row in result["reconstruction"]:
         bare, compensated = row["relative_error_uncompensated"], row["relative_error"]
         assert bare is None or compensated == bare if compensation == "none" else compensated < bare
+
+
+def test_each_text_gives_its_share(run: Run, dense: Path, tmp_path: Path, text: Path) -> None:
+    """What is read decides the neurons that stay: other shares, another plan; the record and the card tell the shares."""
+    other = tmp_path / "other.txt"
+    other.write_text(corpus(4000, 9))
+    plans = []
+    for number, weights in enumerate(((), ("--calibration-weights", 1, 3))):
+        out = tmp_path / f"moe{number}"
+        options = ("--recipe", "static", "--active-fraction", 0.25, "--calibration", text, other, *CALIBRATED, *weights)
+        result = run("convert", dense, out, *options)
+        assert result["calibration"].get("weights") == ([1, 3] if weights else None)
+        assert ("in shares of 1 : 3" in (out / "README.md").read_text()) == bool(weights)
+        plans.append(json.loads((out / "moe_plan.json").read_text()))
+    assert plans[0] != plans[1]
 
 
 def test_convert_flap(run: Run, dense: Path, tmp_path: Path, text: Path) -> None:

@@ -70,7 +70,7 @@ def test_tune_replaces_the_folder_and_says_what_it_did(
 ) -> None:
     before = load_file(moe / "model.safetensors")
     capsys.readouterr()
-    assert tune(moe, texts, "--json", "--stage", "router,experts,norms") == 0
+    assert tune(moe, texts, "--json", "--stage", "router,experts,norms", "--text-weights", 3, 1) == 0
     out, _ = capsys.readouterr()
     result = json.loads(out)
     assert {"perplexity_before", "perplexity_after", "perplexity_dense", "tokens", "seconds"} <= set(result)
@@ -86,7 +86,8 @@ def test_tune_replaces_the_folder_and_says_what_it_did(
     assert record["tuning"][0]["perplexity_after"] == result["perplexity_after"] and len(record["tuning"][0]["curve"]) == 20
     assert len(record["diagnosis"]["layers"]) == 2
     assert [one["fraction"] for one in record["usage"]] == [one["usage"] for one in record["diagnosis"]["layers"]]
-    assert "640 tokens of a.txt, b.txt" in (moe / "README.md").read_text()
+    assert record["tuning"][0]["weights"] == [3, 1]
+    assert "640 tokens of a.txt, b.txt in shares of 3 : 1" in (moe / "README.md").read_text()
     assert not list(moe.parent.glob(".moe.*")), "the checkpoint and what was written aside are gone"
     assert moecompile.load(moe)(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
     assert main(["report", str(moe)]) == 0
