@@ -70,7 +70,7 @@ def test_tune_replaces_the_folder_and_says_what_it_did(
 ) -> None:
     before = load_file(moe / "model.safetensors")
     capsys.readouterr()
-    assert tune(moe, texts, "--json", "--stage", "router,experts,norms", "--text-weights", 3, 1) == 0
+    assert tune(moe, texts, "--json", "--stage", "router,experts,norms") == 0
     out, _ = capsys.readouterr()
     result = json.loads(out)
     assert {"perplexity_before", "perplexity_after", "perplexity_dense", "tokens", "seconds"} <= set(result)
@@ -86,8 +86,7 @@ def test_tune_replaces_the_folder_and_says_what_it_did(
     assert record["tuning"][0]["perplexity_after"] == result["perplexity_after"] and len(record["tuning"][0]["curve"]) == 20
     assert len(record["diagnosis"]["layers"]) == 2
     assert [one["fraction"] for one in record["usage"]] == [one["usage"] for one in record["diagnosis"]["layers"]]
-    assert record["tuning"][0]["weights"] == [3, 1]
-    assert "640 tokens of a.txt, b.txt in shares of 3 : 1" in (moe / "README.md").read_text()
+    assert "640 tokens of a.txt, b.txt" in (moe / "README.md").read_text()
     assert not list(moe.parent.glob(".moe.*")), "the checkpoint and what was written aside are gone"
     assert moecompile.load(moe)(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
     assert main(["report", str(moe)]) == 0
@@ -96,8 +95,8 @@ def test_tune_replaces_the_folder_and_says_what_it_did(
 
 
 def test_a_killed_command_goes_on(moe: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = tmp_path / "whole"
-    assert tune(moe, texts, "--output", whole, "--save-every", 4) == 0
+    whole, given = tmp_path / "whole", ("--save-every", 4, "--text-weights", 3, 1)
+    assert tune(moe, texts, "--output", whole, *given) == 0
     script = (
         "import os, signal, sys\n"
         "import moecompile.tuning.loop as loop\n"
@@ -111,18 +110,20 @@ def test_a_killed_command_goes_on(moe: Path, texts: list[Path], tmp_path: Path, 
         "sys.exit(main(sys.argv[1:]))\n"
     )
     out = tmp_path / "out"
-    arguments = ["tune", moe, "--text", *texts, "--tokens", 640, *SHORT, "--output", out, "--save-every", 4]
+    arguments = ["tune", moe, "--text", *texts, "--tokens", 640, *SHORT, "--output", out, *given]
     command = [sys.executable, "-c", script, *map(str, arguments)]
     killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL and not out.exists()
     assert (tmp_path / ".out.tuning" / "step-00000004").is_dir()
-    assert tune(moe, texts, "--output", out, "--save-every", 4, "--learning-rate", 1e-3) == 2  # not that run
-    assert "--restart" in capsys.readouterr().err
-    assert tune(moe, texts, "--output", out, "--save-every", 4) == 0
+    for other in (("--learning-rate", 1e-3), ("--text-weights", 1, 3)):  # not that run
+        assert tune(moe, texts, "--output", out, *given, *other) == 2
+        assert "--restart" in capsys.readouterr().err
+    assert tune(moe, texts, "--output", out, *given) == 0
     first, second = load_file(whole / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
     records = [json.loads((folder / "moecompile.json").read_text())["tuning"][0] for folder in (whole, out)]
     assert records[0]["curve"] == records[1]["curve"] and records[1]["resumed_from"] == 4
+    assert records[0]["weights"] == [3, 1] and "in shares of 3 : 1" in (out / "README.md").read_text()
     assert not (tmp_path / ".out.tuning").exists()
 
 
