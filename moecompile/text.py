@@ -105,7 +105,7 @@ def check_weights(option: str, weights: Sequence[float] | None, files: int) -> N
         return
     if len(weights) != files:
         raise InputError(f"{option} has {len(weights)} numbers for {files} files")
-    if not all(0 < weight < math.inf for weight in weights):
+    if not (all(weight > 0 for weight in weights) and sum(weights) < math.inf):
         raise InputError(f"{option} is {' '.join(f'{weight:g}' for weight in weights)}; weights are above 0")
 
 
