@@ -131,12 +131,11 @@ def shares(total: int, sizes: Sequence[int], weights: Sequence[float] | None = N
             break
         left -= sum(sizes[index] for index in short)
         some = [index for index in some if index not in short]
-    if some:
-        for index in some:
-            given[index] = int(quotas[index])
-        rest = left - sum(given[index] for index in some)
-        for index in sorted(some, key=lambda index: int(quotas[index]) - quotas[index])[:rest]:  # the largest remainders
-            given[index] += 1
+    for index in some:
+        given[index] = int(quotas[index])
+    rest = left - sum(given[index] for index in some)
+    for index in sorted(some, key=lambda index: int(quotas[index]) - quotas[index])[:rest]:  # the largest remainders
+        given[index] += 1
     return given
 
 

@@ -34,9 +34,10 @@ class Windows(Sequence[Tensor]):
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.rows, self.batch = torch.cat(list(parts)), batch
-        wanted, whole = batches * batch, math.fsum(weights or ()) or len(parts)
+        each = weights or [1.0] * len(parts)
+        wanted, whole = batches * batch, math.fsum(each)
         offset, orders, turns = 0, [], []
-        for part, weight in zip(parts, weights or (1.0,) * len(parts), strict=True):
+        for part, weight in zip(parts, each, strict=True):
             share = math.ceil(wanted * weight / whole) + (weights is not None)  # rounding may ask for one more
             rounds = [torch.randperm(len(part), generator=generator) for _ in range(-(-share // len(part)))]
             orders.append(torch.cat(rounds)[:share] + offset)
