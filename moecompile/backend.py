@@ -8,9 +8,12 @@ stood in the way; with ``fullgraph`` it raises instead.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from . import logs
+from . import attention, linears, logs, lowered, ops
 from .checking import verified
 from .errors import CompileError, InputError
 from .lowered import warn_once
@@ -27,6 +30,7 @@ from .passes.match_experts import moe_nodes, operands_of
 from .passes.nodes import site_of
 from .passes.pipeline import closing_passes, inference_passes, training_passes
 from .records import GraphRecord, graph_text, new_record, observe
+from .version import __version__
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 WEIGHTS = ("same", "int8", "int8-all", "int4", "fp8")
@@ -141,6 +145,18 @@ class Backend:
         return compiled
 
 
+@functools.lru_cache(maxsize=1)
+def operators_key() -> str:
+    """A hash of the operators' code, for an option that Inductor hashes and otherwise does not use. Its caches on disk know an
+    operator by its name: they would give code back that was made for other shapes and strides than those of this version."""
+    files = [module.__file__ for module in (attention, linears, lowered, ops)]
+    try:
+        text = b"".join(Path(file).read_bytes() for file in files if file)
+    except OSError:  # no sources are installed
+        text = __version__.encode()
+    return hashlib.sha256(text).hexdigest()
+
+
 def through_inductor(
     graph_module: GraphModule, example_inputs: Sequence[Any], options: CompileOptions, code: list[str]
 ) -> Compiled:
@@ -151,7 +167,7 @@ def through_inductor(
     from torch._inductor.compile_fx import compile_fx
 
     # Sizes are what TorchDynamo guards; to assert them again takes a tenth of a decoded token's time on a CPU.
-    patches: dict[str, Any] = {"size_asserts": False}
+    patches: dict[str, Any] = {"size_asserts": False, "aot_inductor.metadata": {"moecompile": operators_key()}}
     patches.update(list_mode_options(options.mode) if options.mode != "default" else {})
     patches.update(options.options)
     with _collecting(code):

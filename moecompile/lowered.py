@@ -146,7 +146,7 @@ def _reference(
             assert router_weight is not None
             ids, weights = route_reference(x, router_weight, router_bias, top_k, score, normalise)
         parts.append(experts(x, ids, weights, up, down, up_bias, down_bias, activation, gated, order, offsets))
-    y = sum(parts[1:], parts[0]) if parts else torch.zeros_like(x)
+    y = sum(parts[1:], parts[0]) if parts else x.new_zeros(x.shape)
     return y if bias is None else y + bias.to(y.dtype)
 
 

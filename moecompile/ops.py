@@ -138,7 +138,7 @@ def expert_ffn(
     tokens, chosen = ids.shape
     experts = up.shape[0]
     if tokens * chosen == 0:
-        return torch.zeros_like(x)
+        return x.new_zeros(x.shape)
     if tokens * chosen <= experts:  # decode: read the chosen experts' weights alone
         flat = ids.reshape(-1)
         rows = x.repeat_interleave(chosen, dim=0).unsqueeze(-1)  # [TK, D, 1]
@@ -176,7 +176,7 @@ def expert_ffn(
 
 @expert_ffn.register_fake
 def _(x, ids, weights, up, down, up_bias, down_bias, activation, gated):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)  # without gaps whatever the strides of x: compiled code counts on what is said here
 
 
 @torch.library.custom_op("moecompile::expert_ffn_backward", mutates_args=())
@@ -256,8 +256,8 @@ def _(grad, x, ids, weights, up, down, up_bias, down_bias, activation, gated, ne
         return torch.empty_like(tensor) if wanted and tensor is not None else other.new_empty(_EMPTY)
 
     return (
-        like(x, needs[0], x),
-        like(weights, needs[1], weights),
+        x.new_empty(x.shape if needs[0] else _EMPTY),
+        weights.new_empty(weights.shape if needs[1] else _EMPTY),
         like(up, needs[2], up),
         like(down, needs[3], down),
         like(up_bias, needs[4], up),

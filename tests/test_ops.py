@@ -117,3 +117,22 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     x, ids, weights, up, down, _, _ = case(5, 4, 2, 3, 2, True, False)
     with pytest.raises(ValueError, match="do not fit"):
         expert_ffn(x[:, :2], ids, weights, up, down, None, None, "silu", True)
+
+
+@pytest.mark.parametrize("chosen", [0, 2])
+@pytest.mark.parametrize("count", [1, 9])
+def test_strides_are_those_that_compilers_are_told(chosen: int, count: int) -> None:
+    """Compiled code reads results by the strides of the fake ones."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, ids, weights, *rest = case(count, 5, chosen, 6, 4, True, False)
+    x, weights = x.t().contiguous().t(), weights.t().contiguous().t()
+    forward, backward = (
+        (x, ids, weights, *rest, "silu", True),
+        (x * 2, x, ids, weights, *rest, "silu", True, [True] * 4 + [False] * 2),
+    )
+    with FakeTensorMode() as mode:
+        told = [[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in call] for call in (forward, backward)]
+        fakes = [expert_ffn(*told[0]), *expert_ffn_backward(*told[1])]
+    real = [expert_ffn(*forward), *expert_ffn_backward(*backward)]
+    assert [(f.shape, f.stride()) for f in fakes] == [(r.shape, r.stride()) for r in real]
