@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import jinja2
 import torch
@@ -171,12 +172,13 @@ class _Bound:
         spec: what it was compiled for.
         pick: takes the kernel's weight arguments out of operands + parts.
         parts: copies of weights in the form that the kernel wants.
-        versions: (index of an operand, version of it) for each copied operand.
+        versions: (index of an operand, version of it, address of it) for each copied operand.
+        lasting: whether all copied operands are such that a copy may be used again.
         addresses: where the kernel's weight arguments are. The kernel compares: a parameter whose ``.data`` was replaced is the
             same object elsewhere.
     """
 
-    __slots__ = ("addresses", "kernel", "parts", "pick", "references", "spec", "versions")
+    __slots__ = ("addresses", "kernel", "lasting", "parts", "pick", "references", "spec", "versions")
 
     def __init__(self, spec: BlockKernelSpec, operands: tuple[Tensor | None, ...]) -> None:
         self.spec, self.kernel = spec, build(spec)
@@ -187,7 +189,9 @@ class _Bound:
             made[name] = packed[0]
             if len(packed) == 2:
                 made[f"{name}_scale"] = packed[1]
-        self.versions = tuple((_STATIC.index(name), named[name]._version) for name in forms)  # type: ignore[union-attr]
+        copied = [(_STATIC.index(name), tensor) for name in forms if (tensor := named[name]) is not None]
+        self.versions = tuple((index, tensor._version, tensor.data_ptr()) for index, tensor in copied)
+        self.lasting = all(packing.lasts(tensor) for _, tensor in copied)
         self.parts = tuple(made.values())
         places = {name: len(_STATIC) + place for place, name in enumerate(made)}
         indices = [places[name] if name in places else _STATIC.index(name) for name in spec.weights]
@@ -260,7 +264,8 @@ def moe_ffn(
         ids: (T, K) int64 expert numbers.
         weights: (T, K), or None for 1.
         up: (N, G*I, D), gate rows first.
-        down: (N, D, I), best stored by neuron (:func:`packing.relayout_`); copied otherwise.
+        down: (N, D, I), best stored by neuron (:func:`packing.relayout_`); copied otherwise, parameters once per
+            version of them.
         up_bias: (N, G*I) or None.
         down_bias: (N, D) or None.
         shared_gate: (S, D) or None.
@@ -274,7 +279,7 @@ def moe_ffn(
         normalise: whether computed weights are divided by their sum over the chosen.
         activation: a name or expression of :mod:`moecompile.activations`.
         gated: whether there is a gate projection.
-        weight_format: ``same``, or ``int8``: weights are quantised per row, once per version of them.
+        weight_format: ``same``, or ``int8``: weights are quantised per row, parameters once per version of them.
 
     Returns:
         (T, D), dtype of x.
@@ -292,8 +297,9 @@ def moe_ffn(
     bound = _bound.get(key)
     if bound is None:
         bound = _bind(key, x, operands, weights is not None, score, normalise, activation, gated, weight_format)
-    for index, version in bound.versions:
-        if operands[index]._version != version:  # type: ignore[union-attr]
+    for index, version, address in bound.versions:
+        tensor = cast(Tensor, operands[index])
+        if tensor._version != version or tensor.data_ptr() != address:
             bound = _bind(key, x, operands, weights is not None, score, normalise, activation, gated, weight_format)
             break
     tokens, hidden = x.shape
@@ -358,8 +364,9 @@ def _bind(
 ) -> _Bound:
     spec = _resolve(x, dict(zip(_STATIC, operands, strict=True)), weighted, score, normalise, activation, gated, weight_format)
     bound = _Bound(spec, operands)
-    bound.references = [weakref.ref(tensor, lambda _: _bound.pop(key, None)) for tensor in operands if tensor is not None]
-    _bound[key] = bound
+    if bound.lasting:
+        bound.references = [weakref.ref(tensor, lambda _: _bound.pop(key, None)) for tensor in operands if tensor is not None]
+        _bound[key] = bound
     return bound
 
 

@@ -85,11 +85,18 @@ FORMS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
 }
 
 
+def lasts(tensor: Tensor) -> bool:
+    """Whether a copy of a tensor may be used again. The memory of what a graph computes, a cast weight for one, is used again
+    for other numbers, by the same object and at the same version: those are copied each time."""
+    return isinstance(tensor, torch.nn.Parameter)
+
+
 class PackedCache:
     """Copies of tensors in another form, made once per version of a tensor and dropped with it.
 
     A tensor is known by its identity, its memory and autograd's version counter, which every in-place operation raises.
-    A change     through ``.data`` raises nothing and is not seen; :meth:`forget` is for that.
+    A change in place through ``.data`` raises nothing and is not seen; :meth:`forget` is for that. Only what :func:`lasts` is
+    kept.
     """
 
     def __init__(self) -> None:
@@ -106,6 +113,9 @@ class PackedCache:
             ValueError: the form does not exist for these numbers.
             RuntimeError: the tensor is an inference tensor, which counts no versions.
         """
+        if not lasts(tensor):
+            with torch.no_grad():
+                return FORMS[form](tensor)
         key = (id(tensor), form)
         kept = self._kept.get(key)
         if kept is not None and kept[1] == tensor._version and kept[2] == tensor.data_ptr() and kept[0]() is tensor:

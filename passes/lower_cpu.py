@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..codegen import cpu
 from ..lowered import warn_once
 from .base import PassResult, clone
-from .match_experts import moe_nodes, operands_of, set_operands
+from .match_experts import computed_weights, moe_nodes, operands_of, set_operands
 from .nodes import site_of, tensor_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,10 +37,10 @@ class LowerCPU:
             operands, x = operands_of(node), tensor_of(operands_of(node)["x"])
             if x is None or x.device.type != "cpu":
                 continue
-            if self.weight_format in ("same", "int8"):
+            refused = self._refusal(node)
+            if refused is None:
                 set_operands(node, self.name, weight_format=self.weight_format)
             else:
-                refused = f"CPU kernels have no {self.weight_format} weights"
                 notes.append(f"{site_of(node)}: node {node.name}: weights stay as they are stored: {refused}")
                 warn_once(f"weights='{self.weight_format}' is left out: {refused}")
             reason = cpu.unsupported(str(operands["activation"]))
@@ -53,3 +53,9 @@ class LowerCPU:
             lowered += 1
         result.recompile()
         return PassResult(result, lowered, tuple(notes))
+
+    def _refusal(self, node: Node) -> str | None:
+        """Why a block's weights are read as they are stored, where something else was asked for; or None."""
+        if self.weight_format == "same":
+            return None
+        return computed_weights(node) if self.weight_format == "int8" else f"CPU kernels have no {self.weight_format} weights"

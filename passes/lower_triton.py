@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from ..codegen import stored, triton_backend
 from ..lowered import warn_once
 from .base import PassResult, clone
-from .match_experts import moe_nodes, operands_of, set_operands
+from .match_experts import computed_weights, moe_nodes, operands_of, set_operands
 from .nodes import site_of, tensor_of
 
 
@@ -54,7 +54,7 @@ class LowerTriton:
         if self.weight_format == "same" or down is None:
             return None
         target = triton_backend.device_target(x.device)
-        reason = stored.refusal(self.weight_format, target, down.shape[-2], down.shape[-1])
+        reason = computed_weights(node) or stored.refusal(self.weight_format, target, down.shape[-2], down.shape[-1])
         if reason is None:
             set_operands(node, self.name, weight_format=stored.FORMATS[self.weight_format])
         return reason

@@ -51,6 +51,16 @@ class MatchExperts:
         return PassResult(result, found, tuple(notes))
 
 
+def computed_weights(node: Node) -> str | None:
+    """Why no packed copy of a block's weights may be kept, or None: one is computed in the graph, anew in each call."""
+    operands = operands_of(node)
+    for name in ("up", "down", "shared_gate", "shared_up", "shared_down"):
+        weight = operands[name]
+        if isinstance(weight, Node) and weight.op not in ("placeholder", "get_attr"):
+            return f"{name} is computed in the graph (node {weight.name}), by autocast for one"
+    return None
+
+
 def _unit(weights: object) -> bool:
     """Whether every routing weight is one: a split FFN's gates are binary."""
     while meaning(weights) == "cast":

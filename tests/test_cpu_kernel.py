@@ -220,3 +220,19 @@ def test_vectors_of_avx2() -> None:
         [sys.executable, "-c", NARROW, str(Path(__file__).parent)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("weight_format", ["same", "int8"])
+def test_copies_are_kept_of_parameters_alone(weight_format: str) -> None:
+    """The buffers of compiled code are filled again and again, at the same version of the same object."""
+    found = operands() | {"x": tokens(9), "top_k": 2, "weight_format": weight_format}
+    parameters = found | {name: torch.nn.Parameter(found[name].clone(), False) for name in ("up", "down")}
+    before = kernel(found)
+    torch.testing.assert_close(kernel(parameters), before)
+    for name in ("up", "down"):
+        found[name].data.mul_(-3)  # raises no version
+        parameters[name].data = found[name].clone()  # the same object elsewhere
+    wanted = reference(found)
+    assert (wanted.float() - before).abs().max() > 1
+    for case in (found, parameters):
+        torch.testing.assert_close(kernel(case).double(), wanted, rtol=1e-3, atol=1e-3)
