@@ -38,14 +38,16 @@ class MergeShared:
         if not moe_nodes(graph_module):
             return PassResult(graph_module, 0)
         result, merged, notes = clone(graph_module), 0, []
+        changed = written(result.graph)
         for node in moe_nodes(result):
             while True:
-                outcome = _absorb(result.graph, node, self.name, written(result.graph))
+                outcome = _absorb(result.graph, node, self.name, changed)
                 if isinstance(outcome, str):
                     if outcome:
                         notes.append(f"{site_of(node)}: {outcome}")
                     break
                 merged += 1
+                changed = changed and written(result.graph)  # an addition in place may be gone
         result.recompile()
         return PassResult(result, merged, tuple(notes))
 

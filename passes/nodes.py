@@ -3,8 +3,11 @@ wrote it. Passes ask for a meaning (``linear``) and never for a spelling."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -192,18 +195,54 @@ _VIEWS = frozenset(
 )
 
 
-def _name(node: Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(getattr(packet or node.target, "__name__", ""))
+def _name(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    packet = getattr(target, "overloadpacket", None)
+    return str(getattr(packet or target, "__name__", ""))
 
 
 def writes(node: Node) -> bool:
-    """Whether an operator changes what it reads, by its spelling: ``mul_``, ``+=``, ``x[i] = y``."""
-    name = _name(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return node.op in ("call_function", "call_method") and (in_place or node.target in _IN_PLACE)
+    """Whether an operator changes what it is given: ``mul_``, ``+=``, ``x[i] = y``, ``inplace=True``, ``out=``, or a custom
+    operator whose schema says so."""
+    return bool(overwritten(node))
+
+
+def overwritten(node: Node) -> list[Node]:
+    """The operands that an operator changes."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    first, place, marked = _habits(node.target)
+    found: list[Any] = [node.kwargs["out"]] if "out" in node.kwargs else []
+    asked = node.kwargs.get("inplace", place is not None and len(node.args) > place and node.args[place])
+    if first or asked is not False:
+        found += [node.args[0] if node.args else next(iter(node.kwargs.values()), None)]
+    found += [argument(node, position, name) for position, name in marked]
+    flat = [each for value in found for each in (value if isinstance(value, (list, tuple)) else (value,))]
+    return [each for each in flat if isinstance(each, Node)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _habits(target: Any) -> tuple[bool, int | None, tuple[tuple[int, str], ...]]:
+    """What an operator writes to: always its first operand, by its spelling; that one where the argument at a position,
+    ``inplace``, says so; and the arguments, positions and names, that its schemas mark."""
+    name = _name(target)
+    first = (name.endswith("_") and not name.endswith("__")) or target in _IN_PLACE
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        schemas = [getattr(target, each)._schema for each in target.overloads()]
+    else:
+        schemas = [target._schema] if isinstance(target, torch._ops.OpOverload) else []
+    marked = dict.fromkeys(
+        (sys.maxsize if each.kwarg_only else position, each.name)
+        for schema in schemas
+        for position, each in enumerate(schema.arguments)
+        if each.alias_info is not None and each.alias_info.is_write
+    )
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # built in, or a method's name
+        names = []
+    return first, names.index("inplace") if "inplace" in names else None, tuple(marked)
 
 
 _IN_PLACE: frozenset[object] = frozenset(
@@ -221,28 +260,33 @@ def written(graph: Graph, allowed: Iterable[Node] = ()) -> frozenset[Node]:
     known = set(allowed)
     found: set[Node] = set()
     for node in graph.nodes:
-        if not writes(node) or node in known or not isinstance(node.args[0] if node.args else None, Node):
-            continue
-        pending = [shared_base(node.args[0])]
+        pending = [] if node in known else [shared_base(each) for each in overwritten(node)]
         while pending:
             each = pending.pop()
             if each in found:
                 continue
             found.add(each)
-            pending += [user for user in each.users if (_shares(user) or writes(user)) and user.args and user.args[0] is each]
+            pending += [user for user in each.users if each in _below(user)]
     return frozenset(found)
 
 
 def shared_base(node: Any) -> Any:
     """The first of the nodes whose memory a node may share."""
-    while isinstance(node, Node) and (_shares(node) or writes(node)) and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while isinstance(node, Node) and (below := _below(node)):
+        node = below[0]
     return node
+
+
+def _below(node: Node) -> list[Node]:
+    """The operands whose memory a node's result may be."""
+    if _shares(node):
+        return [node.args[0]] if isinstance(node.args[0], Node) else []
+    return overwritten(node)
 
 
 def _shares(node: Node) -> bool:
     """Whether a node's result may be a view of its first operand."""
-    return node.op in ("call_function", "call_method") and bool(node.args) and _name(node) in _VIEWS | {"getitem"}
+    return node.op in ("call_function", "call_method") and bool(node.args) and _name(node.target) in _VIEWS | {"getitem"}
 
 
 # Removed when nothing reads them. In-place spellings and unknown operators are not in it: they may write somewhere.
@@ -251,7 +295,7 @@ _PURE = frozenset(_SPELLINGS) - {"iadd", "idiv"}
 
 def is_unread(node: Node) -> bool:
     """Whether nothing reads a node, and it is known to write nowhere."""
-    return not node.users and meaning(node) in _PURE
+    return not node.users and meaning(node) in _PURE and not writes(node)
 
 
 def erase_unread(graph: Graph, nodes: Iterable[Any]) -> int:

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .base import PassResult, clone
-from .nodes import readable, shared_base, value_of, writes
+from .nodes import overwritten, readable, shared_base, value_of
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
@@ -209,7 +209,7 @@ def _objection(stretch: _Stretch) -> str | None:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return f"{node.name} has a graph of its own"
         mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        if mutable or (writes(node) and shared_base(node.args[0]) not in own):
+        if mutable or any(shared_base(each) not in own for each in overwritten(node)):
             return f"{node.name} writes into what the layer is given"
     bases = [shared_base(node) for node in stretch.results]
     if any(base not in own for base in bases) or len(set(bases)) < len(bases):

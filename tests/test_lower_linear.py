@@ -100,6 +100,11 @@ class Net(nn.Module):
             q = self.q(x)
             x.add_(1)
             k = self.k(x)
+        elif self.form == "input written by an argument":
+            x = x * 2
+            q = self.q(x)
+            nn.functional.silu(x, inplace=True)
+            k = self.k(x)
         elif self.form == "weight computed":
             q, k = nn.functional.linear(x, self.q.weight * 2, self.q.bias), self.k(x)
         elif self.form == "autocast":
@@ -165,6 +170,7 @@ def test_layers_of_one_input_are_one_launch(origin: str) -> None:
         ("plain", operators.MOST_TOKENS, [2, 1], ""),
         ("plain", operators.MOST_TOKENS + 1, [], "9 tokens are a matrix product"),
         ("input written", 1, [1], "is changed in place"),
+        ("input written by an argument", 1, [1], "is changed in place"),
         ("weight computed", 1, [1, 1], "computed in the graph"),
         ("autocast", 1, [1], "of several types, or it is cast by autocast"),
     ],

@@ -18,7 +18,7 @@ from moecompile.passes.lower_cpu import LowerCPU
 from moecompile.passes.lower_triton import LowerTriton
 from moecompile.passes.match_experts import MatchExperts, moe_nodes, operands_of
 from moecompile.passes.merge_shared import MergeShared
-from moecompile.passes.nodes import meaning
+from moecompile.passes.nodes import meaning, overwritten, written
 from moecompile.passes.pipeline import inference_passes
 from moecompile.passes.share_dispatch import ShareDispatch
 from torch import Tensor, nn
@@ -314,3 +314,55 @@ def test_a_failing_pass_is_left_out_when_asked() -> None:
     assert errors == ["failing"] and len(moe_nodes(result.graph_module)) == 1
     with pytest.raises(ValueError, match="no"):
         run_passes(graph_module, [Failing()])
+
+
+@torch.library.custom_op("moecompile_tests::bump", mutates_args=("second",))
+def bump(first: Tensor, second: Tensor) -> Tensor:
+    """Adds one to what it is given second."""
+    second.add_(1)
+    return first + 0
+
+
+def test_every_way_to_write_is_seen() -> None:
+    graph = torch.fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    f = nn.functional
+    view = graph.call_method("view", (y, -1))
+    writing = {
+        graph.call_function(f.relu, (x, True)): x,
+        graph.call_function(f.silu, (x,), {"inplace": True}): x,
+        graph.call_function(f.dropout, (x, 0.0, False, True)): x,
+        graph.call_function(torch.add, (x, x), {"out": view}): view,
+        graph.call_function(torch.ops.moecompile_tests.bump.default, (x, view)): view,
+        graph.call_function(torch.ops.moecompile_tests.bump, (x,), {"second": view}): view,
+        graph.call_function(torch._foreach_add_, ([y], 1)): y,
+        graph.call_method("mul_", (x, 2)): x,
+    }
+    for node, target in writing.items():
+        assert overwritten(node) == [target]
+    innocent = [
+        graph.call_function(f.relu, (x, False)), graph.call_function(f.silu, (x,), {"inplace": False}),
+        graph.call_function(f.dropout, (x, 0.0, False)), graph.call_function(torch.ops.aten.add, (x, y)),
+        graph.call_function(torch.ops.aten.mean, (x, [1], True)),
+    ]  # fmt: skip
+    assert not any(overwritten(node) for node in innocent)
+    assert written(graph) >= {x, y, view} and not written(graph) & set(innocent)
+
+
+def test_int8_is_refused_for_weights_that_a_graph_computes() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(3, 8, 6)), nn.Parameter(torch.randn(3, 6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            ids = torch.zeros(x.shape[0], 1, dtype=torch.long)
+            return expert_ffn(x, ids, torch.ones_like(ids, dtype=x.dtype), self.up * 2, self.down, None, None, "silu", True)
+
+    graph_module, inputs = traced(Scaled(), torch.randn(4, 6))
+    with pytest.warns(moecompile.FallbackWarning, match="up is computed in the graph"):
+        result = run_passes(graph_module, inference_passes("int8"))
+    (node,) = moe_nodes(result.graph_module)
+    assert operands_of(node)["weight_format"] == "same"
+    with torch.no_grad():
+        torch.testing.assert_close(result.graph_module(*inputs)[0], graph_module(*inputs)[0], rtol=1e-4, atol=1e-5)
