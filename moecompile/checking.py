@@ -15,7 +15,7 @@ from .attention import attend, attend_reference
 from .block import MoEFFN
 from .errors import ParityError
 from .linears import linears, linears_reference
-from .lowered import OPERANDS, moe_ffn
+from .lowered import OPERANDS, moe_ffn, route_reference
 from .parity import tolerance_for
 from .passes.match_experts import EXPERT_FFN
 from .passes.nodes import site_of
@@ -41,9 +41,9 @@ def verified(compiled: Callable[..., Any], record: GraphRecord, weights: str) ->
         kept = [_copy(argument) for argument in args]
         outputs = compiled(*args)
         if not record.training:
-            _check_layers(record, kept)
+            tied = _check_layers(record, kept)
             if weights == "same":
-                _check_outputs(record, outputs, kept)
+                _check_outputs(record, outputs, kept, tied)
         pending = False
         return outputs
 
@@ -55,11 +55,14 @@ def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 
-def _check_outputs(record: GraphRecord, ours: Any, args: Sequence[Any]) -> None:
+def _check_outputs(record: GraphRecord, ours: Any, args: Sequence[Any], tied: Sequence[Tensor]) -> None:
     """The compiled outputs beside those of the traced graph.
 
     Rounding may turn a choice between two experts that are level, and with it all that reads the token; that is looked into
     only where outputs differ. The sequences without such a token must agree still.
+
+    Args:
+        tied: as :func:`_check_layers` found them.
     """
     with torch.no_grad():
         theirs = record.original(*map(_copy, args))
@@ -69,15 +72,16 @@ def _check_outputs(record: GraphRecord, ours: Any, args: Sequence[Any]) -> None:
     )
     allowed = tolerance_for(reference)
     worst = _worst(mine, reference)
-    if worst <= allowed or record.ties:
+    if worst <= allowed:
         return
     first, turned = _turned_choices(record, args)
-    if first:
-        record.ties += first
+    record.ties += first
+    close = [*tied, turned] if first else list(tied)  # [T] each
+    if close:
         rows = min((len(leaf) for leaf in reference if leaf.dim()), default=1)
-        if len(turned) % rows:
+        if any(len(tokens) % rows for tokens in close):
             return
-        whole = ~turned.view(rows, -1).any(1)
+        whole = ~torch.stack([tokens.view(rows, -1).any(1) for tokens in close]).any(0)
         pairs = [(a[whole], b[whole]) for a, b in zip(mine, reference, strict=True) if a.dim() and len(a) == rows]
         worst = _worst(*zip(*pairs, strict=True)) if pairs else 0.0
         if worst <= allowed:
@@ -114,11 +118,8 @@ class _Choices(Interpreter):
                 operands = dict(zip(OPERANDS, args, strict=True)) | kwargs
                 x, ids, up = operands["x"], operands["ids"], operands["up"]
                 if operands["router_weight"] is not None:
-                    ids = (
-                        nn.functional.linear(x, operands["router_weight"], operands["router_bias"])
-                        .topk(operands["top_k"])
-                        .indices
-                    )
+                    router = (operands["router_weight"], operands["router_bias"], operands["top_k"])
+                    ids, _ = route_reference(x, *router, "none", False)
             else:
                 x, ids, up = args[0], args[1], args[3]
             if up is not None and ids is not None:
@@ -156,6 +157,7 @@ class _Checked(Interpreter):
     def __init__(self, record: GraphRecord) -> None:
         super().__init__(record.graph_module)
         self.record = record
+        self.tied: dict[int, Tensor] = {}  # T -> (T,) bool, tokens of any layer that a tie turned
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
@@ -185,7 +187,9 @@ class _Checked(Interpreter):
         off = difference.amax(-1) > allowed  # [T]
         if operands["router_weight"] is not None and bool(off.any()):
             tied = _ties(operands)
-            self.record.ties += int((off & tied).sum())
+            if bool((turned := off & tied).any()):
+                self.record.ties += int(turned.sum())
+                self.tied[len(off)] = self.tied[len(off)] | turned if len(off) in self.tied else turned
             off &= ~tied
         if bool(off.any()):
             raise ParityError(
@@ -205,9 +209,19 @@ def _ties(operands: dict[str, Any]) -> Tensor:
     return (best[:, k - 1] - best[:, k]) <= _TIE * scores.abs().amax(-1)
 
 
-def _check_layers(record: GraphRecord, args: Sequence[Any]) -> None:
+def _check_layers(record: GraphRecord, args: Sequence[Any]) -> list[Tensor]:
+    """Each layer beside plain torch operators on the same inputs.
+
+    Returns:
+        For each number T of tokens that layers had, if ties turned choices: (T,) bool, the tokens where they did.
+
+    Raises:
+        ParityError: naming the layer that differs.
+    """
+    checked = _Checked(record)
     with torch.no_grad():
-        _Checked(record).run(*map(_copy, args))
+        checked.run(*map(_copy, args))
+    return list(checked.tied.values())
 
 
 @torch.no_grad()

@@ -84,14 +84,22 @@ class Compilation:
             raise
 
     def _prepare(self) -> None:
-        """Before the first inference: weights into the layout of the kernels of their device."""
+        """Before the first inference: weights into the layout of the kernels of their device.
+
+        Those that an optimizer is training stay as they are, and kernels read copies: its moments are stored as the parameter
+        was when they were made, and a fused step goes through the memory of both side by side.
+        """
         self._prepared = True
         if self._module is None:
             return
-        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained any more
-            for parameter in _down_projections(self._module):
+        trained = _trained()
+        for parameter in _down_projections(self._module):
+            # What is stored must be of the parameter's own kind: a normal tensor in inference mode could not be trained any
+            # more if it were made one of inference, and one of inference cannot hold a normal one.
+            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
                 if parameter.device.type == "cpu":
-                    packing.relayout_(parameter)
+                    if id(parameter) not in trained:
+                        packing.relayout_(parameter)
                 elif not parameter.is_contiguous():  # was compiled on the CPU before; GPU kernels read rows
                     parameter.data = parameter.data.contiguous()
 
@@ -121,6 +129,12 @@ def _static_floats() -> Any:
     from torch._dynamo import config
 
     return config.patch(specialize_float=True)
+
+
+def _trained() -> set[int]:
+    """The identities of the parameters of which an optimizer holds state."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)]
+    return {id(parameter) for optimizer in found for parameter in optimizer.state}
 
 
 def _load_operators() -> None:
