@@ -118,7 +118,7 @@ def texts(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]
 def started(options: argparse.Namespace, record: dict[str, Any] | None, corpora: dict[str, Any]) -> dict[str, Any]:
     """The record to add to: the one that is there, if it was measured with the same settings, or a new one."""
     settings = {
-        "model": Path(options.model).name,
+        "model": Path(options.model).name.removesuffix(".gguf"),  # unpacked or not, the same weights
         "window": options.window,
         "corpora": {name: {"windows": part["windows"]} for name, part in corpora.items()},
         "calibration": [Path(path).name for path in options.domains],
