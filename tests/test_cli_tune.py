@@ -65,6 +65,20 @@ def tune(moe: Path, texts: list[Path], *more: object, tokens: int = 640) -> int:
     return main(["tune", str(moe), "--text", *map(str, texts), "--tokens", str(tokens), *SHORT, *map(str, more)])
 
 
+def test_the_dense_model_is_not_replaced(original: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted((original / "dense").iterdir())
+    for target in (original / "dense", original / "dense" / "inside", original):
+        assert tune(original / "moe", texts, "--output", target, "--overwrite") == 2
+        assert "the dense model" in capsys.readouterr().err
+    assert sorted((original / "dense").iterdir()) == before
+
+
+def test_the_folder_that_one_stands_in(moe: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(moe)
+    assert tune(Path("."), texts, tokens=64) == 0
+    assert not list(moe.parent.glob(".moe.*"))
+
+
 def test_tune_replaces_the_folder_and_says_what_it_did(
     moe: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

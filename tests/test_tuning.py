@@ -144,10 +144,17 @@ def test_other_families(family: str) -> None:
     assert all(done.curve[0][part] > 0 for part in ("layers", "router"))
 
 
-def test_a_bfloat16_model_trains_in_float32_and_stays_bfloat16() -> None:
-    dense, moe = (model.to(torch.bfloat16) for model in pair())
-    done = moecompile.tune(moe, dense, batches(2), TuneConfig(precision="bfloat16", learning_rate=1e-3))
-    assert all(p.dtype == torch.bfloat16 for p in moe.parameters()) and done.steps == 2
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_model_trains_in_float32_and_stays_narrow(dtype: torch.dtype, precision: str) -> None:
+    dense, moe = (model.to(dtype) for model in pair())
+    before = [{name: p.clone() for name, p in model.named_parameters()} for model in (dense, moe)]
+    done = moecompile.tune(moe, dense, batches(2), TuneConfig(precision=precision, learning_rate=1e-3))
+    assert done.steps == 2
+    for model, old in zip((dense, moe), before, strict=True):
+        assert all(p.dtype == dtype for p in model.parameters())
+        changed = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
+        assert (not changed) if model is dense else changed
 
 
 def test_auto_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,8 +318,9 @@ def test_bad_settings_are_refused() -> None:
     exact = moecompile.convert(
         dense, moecompile.recipes.Calibrated(experts=6, shared=2, top_k=2), batches(2), keep_exact=True
     )  # fmt: skip
-    with pytest.raises(InputError, match="--stage router"):
-        moecompile.tune(exact, dense, batches(1))
+    for stages in (("router", "experts"), ("norms",), ("router", "attention")):
+        with pytest.raises(InputError, match="--stage router"):
+            moecompile.tune(exact, dense, batches(1), TuneConfig(stages=stages))
 
 
 def test_a_loss_that_is_no_number_stops_the_run() -> None:

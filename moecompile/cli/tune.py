@@ -17,7 +17,7 @@ from ..balancing import balance
 from ..errors import InputError
 from ..evaluate import active_fraction, perplexity
 from ..files import check_new_folder
-from ..hub import check_positions, load_dense, load_tokenizer
+from ..hub import check_positions, check_tokens, load_dense, load_tokenizer, local_path
 from ..precision import PRECISIONS
 from ..progress import Progress
 from ..text import check_weights
@@ -148,6 +148,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--tokens is {options.tokens}; one step takes {options.batch * options.window} (--batch x --window)")
     check_weights("--text-weights", options.text_weights, len(options.text))
     target = options.output or options.out
+    teacher, place = local_path(dense_of(options.dense, record)), target.resolve()
+    if teacher is not None and (place in teacher.resolve().parents or teacher.resolve() in (place, *place.parents)):
+        raise InputError(f"{target} is, holds or lies in the folder of the dense model, {teacher}; give another")
     check_new_folder(target, options.overwrite or options.output is None)
     with process_group(device_of(options)) as device:
         progress = progress_of(options) if world()[0] == 0 else Progress()
@@ -179,9 +182,11 @@ def _tune(
     moe = checkpoint.load(options.out, device=device)
     dense = load_dense(source, dtype=_dtype(moe), trust_remote_code=options.trust_remote_code).to(device)  # type: ignore[arg-type]
     check_positions(moe, options.window, "--window")
+    check_tokens(moe, batches.rows)
     saved = share_tensors(moe, dense, config)
     progress.say(f"dense and converted model share {saved / 1e6:.0f} MB")
-    folder = target.with_name(f".{target.name}.tuning")
+    folder = target.resolve()
+    folder = folder.with_name(f".{folder.name}.tuning")
     if options.restart and world()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
     barrier()

@@ -105,6 +105,7 @@ def tune(
     frozen = [(parameter, parameter.requires_grad) for parameter in dense.parameters()]
     with evaluating(moe, dense):
         chosen = choose_parameters(moe, config)
+        narrow = _widened(moe, dense) if config.dtype(device) == torch.float32 else []
         try:
             run = _Run(moe, dense, chosen, config, device)
             result = run.train(batches, steps, settings, Path(folder) if folder is not None else None, progress, on_step)
@@ -113,9 +114,20 @@ def tune(
             for parameter, wanted, dtype in states:
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(wanted)
+            for tensor, dtype in narrow:
+                tensor.data = tensor.data.to(dtype)
             for parameter, wanted in frozen:
                 parameter.requires_grad_(wanted)
     return result
+
+
+def _widened(*models: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
+    """Models of bfloat16 or float16 in float32 from here on; the tensors that were narrow, and their types."""
+    tensors = {id(tensor): tensor for model in models for tensor in (*model.parameters(), *model.buffers())}
+    narrow = [(tensor, tensor.dtype) for tensor in tensors.values() if tensor.dtype in (torch.bfloat16, torch.float16)]
+    for tensor, _ in narrow:
+        tensor.data = tensor.data.float()
+    return narrow
 
 
 def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -162,8 +162,8 @@ def choose_parameters(model: nn.Module, config: TuneConfig) -> dict[str, str]:
     model.requires_grad_(False)
     chosen: dict[str, str] = {}
     for path, block in moe_blocks(model).items():
-        if "experts" in config.stages and block.exact is not None:
-            raise InputError("tuning the experts would make the kept dense projections worthless; take --stage router")
+        if block.exact is not None and config.stages != ("router",):
+            raise InputError("what was kept to be exactly the dense model would no longer be; take --stage router")
         if "experts" in config.stages:
             if config.lora_rank:
                 if block.spec.overlap:
