@@ -275,6 +275,23 @@ def test_only_like_is_compared(record: dict[str, Any]) -> None:
     assert page.source.count('class="line"') == 2  # those of the reconstruction errors alone
 
 
+def test_a_score_behind_a_prefix_is_another_setting(record: dict[str, Any]) -> None:
+    record["evaluations"] = [
+        measured("dense", 20.0, 1.0),
+        measured("calibrated", 40.0, skip=512),
+        measured("dense", 16.0, 1.0, skip=512),
+        measured("calibrated", 24.0, dense_prefix=512),
+        measured("calibrated", 59.0),
+    ]
+    page = read(render(record))
+    whole = "Perplexity on wiki.raw, 8\u00a0\u00d7\u00a01,024 tokens"
+    assert [row[6] for row in page.table(whole)[2:]] == ["2.95\u00d7"]
+    behind = page.table(f"{whole} behind their first 512")
+    assert sorted(row[6] for row in behind[2:]) == ["1.50\u00d7", "2.50\u00d7"]
+    head = render(record).split("<main>")[0]
+    assert "59.00" in head and "40.00" not in head
+
+
 def test_comparisons_join(record: dict[str, Any]) -> None:
     other = record | {"experts": 36, "evaluations": [measured("dense", 29.25, 1.0), measured("calibrated", 39.0)]}
     stranger = record | {"source": "Other-1B", "evaluations": [measured("calibrated", 11.0)]}

@@ -252,7 +252,7 @@ def _svg(width: float, height: float, label: str, drawn: Sequence[str], more: st
 
 def ticks(low: float, high: float, wanted: int = 5, least: float = 0.0) -> list[float]:
     """Round tick values that cover [low, high], at least two and at least ``least`` apart."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value, but for rounding
         pad = abs(low) * 0.1 or 0.5
         low, high = (low - pad, high + pad) if low else (0.0, 1.0)
     rough = max((high - low) / wanted, least)

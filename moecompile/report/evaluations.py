@@ -1,7 +1,8 @@
 """Evaluations of one or more records, grouped so that only like is compared with like.
 
-Perplexities are comparable only for the same model family, corpus, window and number of windows; those four are the key
-of a :class:`Group`, and no ratio and no line of a chart ever leaves a group.
+Perplexities are comparable only for the same model family, corpus, window, number of windows and number of tokens at the
+start of a window that are not scored; those five are the key of a :class:`Group`, and no ratio and no line of a chart ever
+leaves a group.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that may be compared: one model, one corpus, one window, one number of windows."""
+    """Rows that may be compared: one model, one corpus, one window, one number of windows, as many tokens scored of each."""
 
     source: str
     corpus: str
     window: object
     windows: object
     rows: Sequence[Evaluation]
+    unscored: object = None  # tokens at the start of each window
 
     @property
     def windowing(self) -> str:
@@ -59,7 +61,10 @@ class Group:
     @property
     def setting(self) -> str:
         """The window setting in words: 8 x 1,024 tokens."""
-        return "windows not recorded" if self.window is None and self.windows is None else f"{self.windowing} tokens"
+        if self.window is None and self.windows is None:
+            return "windows not recorded"
+        behind = f" behind their first {whole(self.unscored)}" if self.unscored else ""
+        return f"{self.windowing} tokens{behind}"
 
     @property
     def baseline(self) -> Evaluation | None:
@@ -82,7 +87,10 @@ def collect(record: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]])
     seen: set[tuple[object, ...]] = set()
     kept = []
     for row in found:
-        measured = ("task", "corpus", "window", "windows", "examples", "tokens", "perplexity", "accuracy", "top_k")
+        measured = (
+            "task", "corpus", "window", "windows", "examples", "tokens", "perplexity", "accuracy", "top_k", "skip",
+            "dense_prefix",
+        )  # fmt: skip
         identity = (row.source, row.series, repr(row.active_fraction), *(repr(row.get(key)) for key in measured))
         if identity not in seen:
             seen.add(identity)
@@ -91,13 +99,18 @@ def collect(record: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]])
 
 
 def groups(rows: Sequence[Evaluation]) -> list[Group]:
-    """The perplexity rows by (model, corpus, window, windows), in the order of the record, with ratios over dense."""
+    """The perplexity rows by what they have in common (:class:`Group`), in the order of the record, with ratios over dense."""
     gathered: dict[tuple[str, ...], list[Evaluation]] = {}
     for row in rows:
         if not row.accuracy_task:
-            key = (row.source, *(repr(row.get(part)) for part in ("corpus", "window", "windows")))
+            key = (row.source, *(repr(row.get(part)) for part in ("corpus", "window", "windows")), repr(unscored(row)))
             gathered.setdefault(key, []).append(row)
     return [_group(members) for members in gathered.values()]
+
+
+def unscored(row: Evaluation) -> object:
+    """How many tokens at the start of each window a row does not score; None for none."""
+    return row.get("skip") or row.get("dense_prefix") or None
 
 
 def headline(all_groups: Sequence[Group], record: Mapping[str, Any]) -> tuple[Group, Evaluation] | None:
@@ -107,7 +120,7 @@ def headline(all_groups: Sequence[Group], record: Mapping[str, Any]) -> tuple[Gr
     def at_own_setting(row: Evaluation) -> bool:
         measured = finite(row.active_fraction)
         same_fraction = fraction is None or measured is None or abs(measured - fraction) < 1e-6
-        return row.own and row.get("top_k") in (None, record.get("top_k")) and same_fraction
+        return row.own and row.get("top_k") in (None, record.get("top_k")) and same_fraction and unscored(row) is None
 
     own = [(group, row) for group in all_groups for row in group.rows if at_own_setting(row)]
     return next((pair for pair in own if pair[0].baseline), own[0] if own else None)
@@ -129,7 +142,8 @@ def _group(members: Sequence[Evaluation]) -> Group:
 
     first = members[0]
     rows = sorted(map(with_ratio, members), key=order)
-    return Group(first.source, plain(first.get("corpus")), first.get("window"), first.get("windows"), rows)
+    corpus = plain(first.get("corpus"))
+    return Group(first.source, corpus, first.get("window"), first.get("windows"), rows, unscored(first))
 
 
 def _of_record(record: Mapping[str, Any], owner: int, source: str) -> list[Evaluation]:
