@@ -132,18 +132,18 @@ def routing(ids: Sequence[Tensor], experts: int, top_k: int, segment: int = SEGM
         "usage": [round(float(value), 5) for value in usage],
         "entropy": round(entropy, 4),
         "dead": int((usage <= DEAD).sum()),
-        "srp": round(srp, 4),
+        "srp": None if srp is None else round(srp, 4),
         "srp_size": size,
         "sch": round(_sch(chosen, slots, segment), 4),
         "sch_experts": slots,
     }
 
 
-def _srp(chosen: Sequence[Tensor], top_k: int, segment: int) -> tuple[int, float]:
+def _srp(chosen: Sequence[Tensor], top_k: int, segment: int) -> tuple[int, float | None]:
     """(best number of experts E, its F1): with counts c_e within a segment, F1 = 2 sum_{e on} c_e / (m E + m K)."""
     counts = [part.sum(0).sort(descending=True).values for one in chosen for part in one.split(segment) if len(part) == segment]
     if not counts:
-        return 0, math.nan
+        return 0, None
     hits = torch.stack(counts).double().mean(0).cumsum(0)  # [N], of E = 1 ... N
     sizes = torch.arange(1, len(hits) + 1, device=hits.device)
     f1 = 2 * hits / (segment * (sizes + top_k))

@@ -16,6 +16,8 @@ from .hub import check_positions
 from .parity import evaluating
 from .progress import Progress
 
+_LOOK = 8  # tokens on which it is seen whether a model is causal
+
 
 def active_fraction(model: nn.Module) -> float:
     """FFN neurons computed per token over all neurons of the split FFNs, at the present top_k; 1 for a dense model.
@@ -56,9 +58,12 @@ def perplexity(
             raise InputError(f"{option} is {value}; with windows of {length} it can be 0 to {length - 2}")
     if dense_prefix and skip:
         raise InputError("--dense-prefix and --skip both leave the first tokens out of the score; give one of them")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(f"{type(model).__name__} has an encoder; perplexity needs a causal language model")
     device = next(model.parameters()).device
     total, scored, start = 0.0, 0, time.perf_counter()
     with evaluating(model):
+        _check_causal(model, rows[:1, :_LOOK].to(device))
         for row in (progress or Progress()).over(rows, "perplexity", len(rows)):
             ids = row.unsqueeze(0).to(device)
             logits = (
@@ -84,6 +89,17 @@ def _logits(model: nn.Module, **inputs: Any) -> Tensor:
     if not isinstance(getattr(outputs, "logits", None), Tensor):
         raise InputError(f"{type(model).__name__} gives no logits; perplexity needs a causal language model")
     return outputs.logits
+
+
+def _check_causal(model: nn.Module, ids: Tensor) -> None:
+    """Refuse a model whose logits for a word change with the word: ids (1, L)."""
+    other = ids.clone()
+    other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, -1] - 1, ids[:, 0]).abs()
+    one, two = (_logits(model, input_ids=each, use_cache=False)[:, :-1].float() for each in (ids, other))
+    narrow = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)  # experts may be summed in another order
+    if float((one - two).abs().max()) > (0.1 if narrow else 1e-4) * float(one.abs().max()):
+        name = type(model).__name__
+        raise InputError(f"{name} sees the words that it is to predict; perplexity needs a causal language model")
 
 
 def _logits_after_prefix(model: nn.Module, ids: Tensor, prefix: int) -> Tensor:
@@ -121,7 +137,10 @@ def lambada(
         if not space or not context.strip():
             raise InputError(f"passage {number} has no last word to predict")
         before = tokenizer(context, add_special_tokens=False)["input_ids"]
-        target = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(f"{context} {word}", add_special_tokens=False)["input_ids"]
+        target = whole[len(before) :]
+        if not target or whole[: len(before)] != before:  # the word's first token reaches into the context
+            target = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
         check_positions(model, len(before + target), f"passage {number}")
         examples.append((before + target, len(target)))
     order = sorted(range(len(examples)), key=lambda index: len(examples[index][0]))

@@ -15,7 +15,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import CheckpointError, InputError
@@ -242,6 +242,18 @@ def check_finite(model: nn.Module) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(f"the weight '{name}' holds {count} values that are NaN or infinite")
+
+
+def check_tokens(model: nn.Module, rows: Tensor) -> None:
+    """Refuse windows of tokens that the model has no embedding for.
+
+    Raises:
+        InputError: the tokenizer is another model's, or has words that were added to it alone.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    known = getattr(embedding, "num_embeddings", None)
+    if known is not None and rows.numel() and int(rows.max()) >= known:
+        raise InputError(f"the tokenizer gives token {int(rows.max())}, but the model knows {known}: it is not the model's own")
 
 
 def check_positions(model: nn.Module, length: int, what: str) -> None:

@@ -56,6 +56,9 @@ def read_passages(path: str | Path) -> list[str]:
         try:
             passages.append(json.loads(line)["text"])
             assert isinstance(passages[-1], str)
+            passages[-1].encode()
+        except UnicodeEncodeError:  # half of an escaped pair, "\\ud83d"
+            raise InputError(f"{path}, line {number}: the text holds half a character, which UTF-8 has not") from None
         except (ValueError, KeyError, TypeError, AssertionError):
             raise InputError(f"{path}, line {number}: not a JSON object with a 'text' field") from None
     if not passages:
@@ -120,7 +123,7 @@ def shares(total: int, sizes: Sequence[int], weights: Sequence[float] | None = N
     Returns:
         Windows of each text; in all ``total``, or ``sum(sizes)`` where that is less.
     """
-    parts = [1.0] * len(sizes) if weights is None else [float(weight) for weight in weights]
+    parts = [1.0] * len(sizes) if weights is None else [weight / max(weights) for weight in weights]
     given, left = list(sizes), total
     some = list(range(len(sizes)))  # the texts that give a part of what they have
     while some:

@@ -371,6 +371,8 @@ def test_settings_that_make_no_sense(
         (("--window", "64", "--top-k", "2"), ("top_k", "2", "no router")),
         (("--window", "64", "--top-k", "-1"), ("top_k", "-1")),
         (("--task", "lambada", "--max-examples", "0"), ("--max-examples", "0")),
+        (("--task", "lambada", "--skip", "2"), ("--skip", "lambada")),
+        (("--task", "lambada", "--dense-prefix", "2"), ("--dense-prefix", "lambada")),
         (("--task", "chess"), ("--task", "chess")),
     ],
 )
@@ -428,6 +430,35 @@ def test_texts_longer_than_the_positions(refuse: Refuse, tmp_path: Path, tokeniz
     refuse("generate", model, "--prompt", "the", "--max-new-tokens", 64, "--quiet", words=("64 positions",))
 
 
+@pytest.mark.parametrize(("family", "words"), [("bert", "sees the words that it is to predict"), ("t5", "has an encoder")])
+def test_perplexity_of_a_model_that_is_not_causal(
+    refuse: Refuse, tmp_path: Path, tokenizer: Any, text: Path, family: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = BY_NAME[family].build(vocab_size=len(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # of a random model a word is barely seen
+    monkeypatch.setattr("moecompile.cli.evaluate.load_any", lambda options: (model.eval(), False))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    refuse("eval", tmp_path / "model", "--text", text, "--window", 32, "--quiet", words=(words,))
+
+
+def test_tokens_that_the_model_does_not_know(
+    refuse: Refuse, dense: Path, converted: Path, out: Path, text: Path, tokenizer: Any
+) -> None:
+    short = BY_NAME["llama"].build(vocab_size=len(tokenizer) // 2)
+    short.save_pretrained(dense)
+    words = ("the model knows", len(tokenizer) // 2)
+    refuse("eval", dense, "--text", text, "--window", 32, "--quiet", words=words)
+    refuse("convert", dense, out, *STATIC, "--calibration", text, "--quiet", words=words)
+
+
+def test_routing_over_windows_beyond_the_positions(refuse: Refuse, converted: Path, text: Path) -> None:
+    options = ("--routing", text, "--tokens", 130, "--window", 65)
+    refuse("report", converted, *options, "--quiet", words=("--window", "65", "64 positions"))
+
+
 # Text
 
 
@@ -442,6 +473,7 @@ def test_texts_longer_than_the_positions(refuse: Refuse, tmp_path: Path, tokeniz
         ("number.jsonl", b'{"text": 7}\n', ("number.jsonl", "line 1", "'text'")),
         ("list.jsonl", b'["the"]\n', ("list.jsonl", "line 1")),
         ("broken.jsonl", b'{"text": \n', ("broken.jsonl", "line 1")),
+        ("half.jsonl", b'{"text": "the \\ud83d router"}\n', ("half.jsonl", "line 1", "half a character")),
         ("empty.jsonl", b"\n", ("empty.jsonl", "empty")),
         ("missing.jsonl", None, ("missing.jsonl",)),
         ("latin.jsonl", '{"text": "caf\u00e9"}\n'.encode("latin-1"), ("latin.jsonl", "UTF-8")),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from moecompile import InputError
 from moecompile.text import calibration_windows, evaluation_windows, read_passages, read_text, shares, token_ids, windows
+from moecompile.tuning.data import Windows
 
 
 class Numbers:
@@ -219,3 +220,10 @@ def test_calibration_with_a_real_tokenizer(tmp_path: Path, tokenizer: Any) -> No
     assert rows.shape == (4, 32)
     for row in rows.tolist():
         assert any(ids[start : start + 32] == row for start in range(0, len(ids), 32))
+
+
+def test_weights_are_shares_whatever_their_unit() -> None:
+    assert shares(16, [99, 99], [1e307, 1e307]) == shares(16, [99, 99]) == [8, 8]
+    assert sum(shares(16, [99, 99], [1e307, 1.0])) == 16
+    parts = [torch.zeros(9, 4, dtype=torch.long), torch.ones(9, 4, dtype=torch.long)]
+    assert len(Windows(parts, 3, 2, 0, [1e307, 1.0])) == 3

@@ -11,7 +11,7 @@ from torch import nn
 from ..apply import moe_blocks, set_top_k
 from ..errors import CheckpointError, InputError
 from ..evaluate import active_fraction, lambada, perplexity
-from ..hub import check_positions
+from ..hub import check_positions, check_tokens
 from ..text import evaluation_windows, read_passages
 from . import command
 from .common import add_texts, checkpoint, load_any, progress_of, tokenizer_of
@@ -51,6 +51,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     progress = progress_of(options)
     tokenizer = tokenizer_of(options)
     if options.task == "lambada":
+        if options.dense_prefix or options.skip:
+            raise InputError("--dense-prefix and --skip have no meaning for lambada, which scores the last word alone")
         passages = [passage for path in options.text for passage in read_passages(path)]
         if options.max_examples is not None:
             if options.max_examples < 1:
@@ -67,6 +69,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         measured = lambada(model, tokenizer, passages, progress=progress)
     else:
         check_positions(model, options.window, "--window")
+        check_tokens(model, rows)
         measured = perplexity(model, rows, dense_prefix=options.dense_prefix, skip=options.skip, progress=progress)
     result: dict[str, Any] = {
         "name": model.moecompile_plan.recipe if converted else "dense",  # type: ignore[union-attr]

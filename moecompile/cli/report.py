@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import read_json, write_bytes
+from ..hub import check_positions, check_tokens
 from ..report import render
 from ..routing import routing_record
 from ..text import evaluation_windows
@@ -78,5 +79,7 @@ def _routing(options: argparse.Namespace) -> dict[str, Any]:
     rows = evaluation_windows(tokenizer, [options.routing], options.window, options.tokens // options.window)
     progress_of(options).say(f"routing over {rows.numel()} tokens of {options.routing.name}")
     model = checkpoint.load(options.out, device=device_of(options))
+    check_positions(model, options.window, "--window")
+    check_tokens(model, rows)
     pieces = [tokenizer.decode([token]) for token in rows[0].tolist()]
     return routing_record(model, rows, pieces, options.routing.name)

@@ -34,7 +34,7 @@ class Windows(Sequence[Tensor]):
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.rows, self.batch = torch.cat(list(parts)), batch
-        each = weights or [1.0] * len(parts)
+        each = [weight / max(weights) for weight in weights] if weights else [1.0] * len(parts)
         wanted, whole = batches * batch, math.fsum(each)
         offset, orders, turns = 0, [], []
         for part, weight in zip(parts, each, strict=True):
