@@ -300,3 +300,24 @@ def test_two_files_of_one_name(dense_folder: Path, texts: list[Path], tmp_path: 
     command = ["convert", str(dense_folder), str(tmp_path / "moe"), "--recipe", "read-me", "--quiet"]
     command += ["--calibration", str(texts[0]), str(texts[0]), "--calibration-tokens", "128", "--calibration-window", "32"]
     assert main(command) == 2 and "domain0" in capsys.readouterr().err
+
+
+def test_held_out_windows_are_not_calibrated_on(dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moecompile.cli import convert
+
+    seen: dict[str, Any] = {}
+
+    def stop(model: Any, recipe: Any, batches: Any, *, held_out: Any, **_: Any) -> Any:
+        seen.update(batches=batches, held=held_out)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(convert, "convert_with_record", stop)
+    texts = []
+    for number in range(2):
+        texts.append(tmp_path / f"t{number}.txt")
+        texts[-1].write_text(corpus(1300, number), encoding="utf-8")
+    options = ["--recipe", "read-me", "--calibration-window", "16", "--calibration-tokens", "4096", "--quiet"]
+    assert main(["convert", str(dense_folder), str(tmp_path / "out"), *options, "--calibration", *map(str, texts)]) == 2
+    held = {tuple(row) for part in seen["held"] for row in part["input_ids"].tolist()}
+    used = {tuple(row) for part in seen["batches"].values() for one in part for row in one["input_ids"].tolist()}
+    assert held and used and not held & used

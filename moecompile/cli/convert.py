@@ -17,7 +17,7 @@ from ..conversion import Conversion, convert_with_record
 from ..distil import Distillation
 from ..errors import InputError
 from ..files import check_new_folder
-from ..hub import check_positions, load_dense, local_path, stored_dtype
+from ..hub import check_positions, check_tokens, load_dense, local_path, stored_dtype
 from ..plans import NORM_FIT
 from ..precision import PRECISIONS
 from ..recipes import RECIPES, Calibrated, ReadMe, Recipe
@@ -211,12 +211,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     batches: Any = None
     if windows is not None:
         check_positions(model, windows.shape[1], "--calibration-window")
+        check_tokens(model, windows)
         rows = windows.to(next(model.parameters()).device)
         kept = _held(rows)
         batches = [inputs_of(model, part) for part in batched(rows[: len(rows) - kept], recipe)]
         held = [inputs_of(model, rows[len(rows) - kept :])] if kept else None
         if isinstance(recipe, ReadMe):
-            batches = _by_domain(options, model, tokenizer)
+            batches = _by_domain(options, model, tokenizer, rows[len(rows) - kept :])
     loaded = time.perf_counter()
     conversion = convert_with_record(
         model, recipe, batches, held_out=held, keep_exact=options.keep_exact, seed=options.seed, progress=progress
@@ -225,6 +226,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
     module = conversion.module.to(device="cpu", dtype=dtype)
     record = _record(options, recipe, conversion, windows)
+    if isinstance(recipe, ReadMe) and batches:
+        record["calibration"]["tokens"] = sum(v.numel() for part in batches.values() for one in part for v in one.values())
     if diagnosis is not None and diagnosis["layers"]:
         record["diagnosis"] = diagnosis
     record["seconds"] = {"load": round(loaded - start, 3), **conversion.seconds, "total": round(time.perf_counter() - start, 3)}
@@ -275,21 +278,25 @@ def batched(rows: Tensor, recipe: Recipe | None) -> list[Tensor]:
     return [rows[:_MANY, :_SHORT], *parts] if several else parts
 
 
-def _by_domain(options: argparse.Namespace, model: nn.Module, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
-    """Calibration inputs by text file, each with an equal share of the tokens.
+def _by_domain(options: argparse.Namespace, model: nn.Module, tokenizer: Any, held: Tensor) -> dict[str, list[dict[str, Any]]]:
+    """Calibration inputs by text file, each with an equal share of the tokens, without the windows held out (H, L).
 
     Raises:
-        InputError: two files have one name.
+        InputError: two files have one name, or a file has nothing but what is held out.
     """
     names = [path.stem for path in options.calibration]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"two calibration files are called '{twice}'; a domain needs a name of its own")
     share = max(options.calibration_tokens // len(names), options.calibration_window)
+    more = len(held) * options.calibration_window
     device = next(model.parameters()).device
     found = {}
     for name, path in zip(names, options.calibration, strict=True):
-        rows = calibration_windows(tokenizer, [path], share, options.calibration_window, options.seed).to(device)
+        rows = calibration_windows(tokenizer, [path], share + more, options.calibration_window, options.seed).to(device)
+        rows = rows[~(rows[:, None] == held).all(-1).any(1)][: round(share / options.calibration_window)]
+        if not len(rows):
+            raise InputError(f"the calibration text {path} has no window beside those held out (--calibration-window)")
         found[name] = [inputs_of(model, part) for part in batched(rows, None)]
     return found
 
