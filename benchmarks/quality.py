@@ -31,7 +31,7 @@ from quality_variants import FRACTIONS, VARIANTS  # noqa: E402
 from moecompile.files import write_bytes  # noqa: E402
 from moecompile.hub import load_dense, load_tokenizer  # noqa: E402
 from moecompile.progress import Progress  # noqa: E402
-from moecompile.text import read_text  # noqa: E402
+from moecompile.text import read_passages, read_text  # noqa: E402
 
 DATA = ROOT / "examples" / "data"
 DOMAINS = tuple(str(DATA / f"{name}.txt") for name in ("books", "code", "docs", "math", "wiki"))
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Measure what is missing."""
     options = parser().parse_args()
-    options.examples = options.examples if options.lambada else 0
+    options.examples = min(options.examples, len(read_passages(options.lambada))) if options.lambada else 0
     if options.model is None and not options.table:
         from fetch_model import fetch
 

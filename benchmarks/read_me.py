@@ -139,7 +139,7 @@ def main() -> None:
                 target = options.work / f"{name}-tuned"
                 tune = [str(folder), "--output", str(target), "--overwrite", "--tokens", str(options.tokens)]
                 tune += ["--stage", variant.stage, *COMMON, *variant.tune, "--seed", str(options.seed), "--save-every", "8"]
-                done(options, target, ["tune", *tune, "--text", *options.domains])
+                done(options, target, ["tune", *tune, "--text", *options.domains], folder)
                 row(options, name, True, target)
     record = read(options.output)
     table = markdown(record)
@@ -149,31 +149,34 @@ def main() -> None:
 
 def leading_parts(options: argparse.Namespace) -> list[Path]:
     """The texts without the tokens that :func:`moecompile.tuning.data.split` holds out, in files of their own."""
+    from moecompile.files import write_bytes
     from moecompile.hub import load_tokenizer
     from moecompile.text import read_text, token_ids
     from moecompile.tuning.data import HELD_OUT
 
     (options.work / "texts").mkdir(exist_ok=True)
-    tokenizer, paths = None, []
+    tokenizer, paths = load_tokenizer(options.model), []
     for path in map(Path, options.domains):
         paths.append(options.work / "texts" / path.name)
-        if paths[-1].exists():
-            continue
-        tokenizer = tokenizer or load_tokenizer(options.model)
         text = read_text(path)
         ids = token_ids(tokenizer, text)
         part = tokenizer.decode(ids[: len(ids) - round(HELD_OUT * len(ids))], clean_up_tokenization_spaces=False)
         if not text.startswith(part):
             raise SystemExit(f"{path}: the tokenizer does not give the text back, so its last tenth cannot be cut off")
-        paths[-1].write_text(part, encoding="utf-8")
+        write_bytes(paths[-1], part.encode())
     return paths
 
 
-def done(options: argparse.Namespace, folder: Path, command: list[str]) -> None:
-    """Run a command of moecompile, unless the folder is there and was made by the same one."""
-    mark = folder.with_name(f"{folder.name}.json")
-    if folder.is_dir() and mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["command"] == command:
-        return
+def done(options: argparse.Namespace, folder: Path, command: list[str], start: Path | None = None) -> None:
+    """Run a command of moecompile, unless the folder is there and was made by the same one, from the same ``start``."""
+    made = {"command": command}
+    if start is not None:
+        made["start"] = json.loads(_mark(start).read_text(encoding="utf-8"))["command"]
+    mark = _mark(folder)
+    if folder.is_dir() and mark.is_file():
+        known = json.loads(mark.read_text(encoding="utf-8"))
+        if {key: known.get(key) for key in made} == made:
+            return
     say(f"moecompile {' '.join(command)}")
     start = time.perf_counter()
     with folder.with_name(f"{folder.name}.log").open("w", encoding="utf-8") as log:
@@ -182,7 +185,12 @@ def done(options: argparse.Namespace, folder: Path, command: list[str]) -> None:
         raise SystemExit(f"moecompile {command[0]} failed; see {log.name}")
     result = json.loads(outcome.stdout)
     kept = {key: value for key, value in result.items() if not isinstance(value, list)}
-    write(mark, {"command": command, "seconds": round(time.perf_counter() - start, 1), "result": kept})
+    write(mark, {**made, "seconds": round(time.perf_counter() - start, 1), "result": kept})
+
+
+def _mark(folder: Path) -> Path:
+    """Where it is kept how a folder was made."""
+    return folder.with_name(f"{folder.name}.json")
 
 
 def row(options: argparse.Namespace, name: str, tuned: bool, folder: Path) -> None:
@@ -195,7 +203,7 @@ def row(options: argparse.Namespace, name: str, tuned: bool, folder: Path) -> No
     say(f"measuring {folder}")
     command = [sys.executable, __file__, "--measure", str(folder), "--text", options.text, "--windows", str(options.windows)]
     outcome = subprocess.run([*command, "--domains", *options.domains], stdout=subprocess.PIPE, check=True)
-    mark = json.loads(folder.with_name(f"{folder.name}.json").read_text(encoding="utf-8"))
+    mark = json.loads(_mark(folder).read_text(encoding="utf-8"))
     figures = {**key, **json.loads(outcome.stdout), "seconds": mark["seconds"], "command": shortened(mark["command"])}
     for part in ("tokens_per_second", "peak_rss_bytes"):
         if part in mark["result"]:

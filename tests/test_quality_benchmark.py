@@ -89,6 +89,24 @@ def test_a_row_without_a_measurement_is_measured_again() -> None:
     assert [list(job["variants"]) for job in jobs(there, *asked, "--prefix", "8")] == [["dense"], ["calibrated"]]
 
 
+def test_no_more_passages_are_wanted_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passages, out = tmp_path / "l.jsonl", tmp_path / "out.json"
+    passages.write_text('{"text": "the router sends"}\n' * 3, encoding="utf-8")
+    for name in ("test", "a"):
+        (tmp_path / f"{name}.txt").write_text(corpus(60, 0), encoding="utf-8")
+    texts = ["--text", str(tmp_path / "test.txt"), "--domains", str(tmp_path / "a.txt"), "--held-windows", "0"]
+    arguments = ["--model", "m", *texts, "--lambada", str(passages), "--only", "static", "--fractions", "0.5", "--seeds", "0"]
+    corpora = {"test": {"path": "", "windows": 8}}
+    record = quality.started(options(*arguments), None, corpora)
+    rows = [row("dense", None, None, examples=3, lambada=0.5), row("static", examples=3, lambada=0.5)]
+    for one in rows:
+        one["perplexity"] = {"test": 30.0}
+    out.write_text(json.dumps({**record, "rows": rows}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--quiet", "--output", str(out)])
+    monkeypatch.setattr(quality, "row_process", lambda job: pytest.fail(f"{job} was measured already"))
+    quality.main()
+
+
 def test_other_settings_are_refused() -> None:
     corpora = {"test": {"path": "t", "windows": 2}}
     record = quality.started(options(), None, corpora)
