@@ -250,8 +250,10 @@ def check_tokens(model: nn.Module, rows: Tensor) -> None:
     Raises:
         InputError: the tokenizer is another model's, or has words that were added to it alone.
     """
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    known = getattr(embedding, "num_embeddings", None)
+    known = None
+    if isinstance(model, PreTrainedModel):
+        with contextlib.suppress(NotImplementedError):  # (a kind of model that does not say where they are)
+            known = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if known is not None and rows.numel() and int(rows.max()) >= known:
         raise InputError(f"the tokenizer gives token {int(rows.max())}, but the model knows {known}: it is not the model's own")
 
