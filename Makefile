@@ -1,4 +1,4 @@
-# make demo   a real model, converted, measured and reported (a few minutes, 2 cores)
+# make demo   a real model, converted, measured and reported (under ten minutes, 2 cores)
 # make test   style, types and every test that needs no GPU
 # Both make their own virtual environment in .venv and need nothing else.
 
