@@ -85,15 +85,20 @@ class PreGate(nn.Module):
         if k or layer is not None:  # a cache is kept up to date whatever the dial says: it may be turned later
             hidden = self._hidden(self.tokens(model, ids), inputs.get(MASK), inputs.get("position_ids"), layer)
             self.routing.plan = self._plan(hidden, k) if k else None
+            if self._again(model) and not torch.compiler.is_compiling():
+                self._remember(model)
         return inputs
 
     def _hidden(self, tokens: Tensor, mask: Any, index: Tensor | None, layer: Any) -> Tensor:
         batch, length = tokens.shape[:2]
         past = 0 if layer is None else layer.get_seq_length()
-        keys = layer.max_cache_len if isinstance(layer, StaticRouterLayer) else past + length
+        if isinstance(layer, StaticRouterLayer):
+            past, keys = torch.as_tensor(past, device=tokens.device), layer.max_cache_len  # (an int before its first token)
+        else:
+            keys = past + length
         if isinstance(mask, dict):  # ready masks, one for each kind of layer
             mask = mask.get("full_attention")
-        positions = positions_of(batch, length, past, keys, mask, index, tokens.device)
+        positions = positions_of(batch, length, past, keys, mask, index, tokens.device, packed=layer is None)
         return self.router.hidden(tokens, positions, layer)
 
     def _check_others(self, inputs: Mapping[str, Any]) -> None:
@@ -151,10 +156,35 @@ class PreGate(nn.Module):
         layers.append(StaticRouterLayer(max(whole)))
         return layers[-1]
 
+    def _again(self, model: nn.Module) -> bool:
+        """Whether the model's layers will be computed again for the backward pass."""
+        return self.training and bool(getattr(model, "is_gradient_checkpointing", False))
+
+    def _remember(self, model: nn.Module) -> None:
+        """Layers that are computed again for the backward pass read the plan of their own step."""
+        for module in model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and getattr(function, "func", None) is not _checkpoint:
+                module.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, self.routing, function)
+
     def end(self, model: nn.Module) -> None:
-        """Forget the plan; kept where layers will be computed again for the backward pass."""
-        if not (self.training and getattr(model, "is_gradient_checkpointing", False)):
+        """Forget the plan; compiled code keeps it where layers will be computed again for the backward pass."""
+        if not (torch.compiler.is_compiling() and self._again(model)):
             self.routing.plan = None
+
+
+def _checkpoint(routing: Routing, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """``checkpoint(function, *args)``, the function with the plan of now whenever it runs."""
+    plan = routing.plan
+
+    def run(*inputs: Any) -> Any:
+        before, routing.plan = routing.plan, plan
+        try:
+            return function(*inputs)
+        finally:
+            routing.plan = before
+
+    return checkpoint(run, *args)
 
 
 def pregated(base: type[nn.Module]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ K chosen, E embedding width, W router width.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -93,18 +94,26 @@ class Positions:
 
 
 def positions_of(
-    batch: int, length: int, past: Any, keys: Any, mask: Tensor | None, index: Tensor | None, device: torch.device
+    batch: int,
+    length: int,
+    past: Any,
+    keys: Any,
+    mask: Tensor | None,
+    index: Tensor | None,
+    device: torch.device,
+    packed: bool = False,
 ) -> Positions:
     """Positions and causal mask of ``length`` new tokens behind ``past`` others.
 
     Args:
         batch: B.
         length: S.
-        past: tokens in the cache, an int or a 0-d int64 tensor.
+        past: tokens in the cache, an int; of a static cache a 0-d int64 tensor.
         keys: how many keys attention will see: past + S, or the size of a static cache.
         mask: (B, past + S) of real tokens, a ready (B, 1, S, keys) mask, or None.
         index: (B or 1, S) positions as the model was given them; used where the mask does not tell them.
         device: where to compute.
+        packed: whether positions that begin anew begin another text, as transformers has it without a mask and a cache.
 
     Returns:
         With a two-dimensional mask, positions count real tokens, so that a left-padded row decides as it would alone.
@@ -113,6 +122,9 @@ def positions_of(
     if mask is not None and mask.dim() == 4:
         return Positions(place[None] if index is None else index, mask)
     allowed = (torch.arange(keys, device=device)[None] <= place[:, None])[None, None]  # [1, 1, S, keys]
+    if mask is None and index is not None and packed:
+        text = nn.functional.pad((index[:, 1:] != index[:, :-1] + 1).long().cumsum(-1), (1, 0))  # [B or 1, S]
+        return Positions(index, allowed & (text[:, None, :, None] == text[:, None, None, :]))
     if mask is None:
         return Positions(place[None] if index is None else index, allowed)
     real = mask.to(torch.bool)
@@ -253,13 +265,36 @@ class Routing:
     """What the router at the front and the blocks behind it share: the present plan, and how many experts each block wants.
 
     Attributes:
-        plan: the decision of the step that is being computed; None between steps.
         dials: (top_k, prefill_top_k, N) of each layer.
     """
 
     def __init__(self) -> None:
-        self.plan: RoutingPlan | None = None
         self.dials: dict[int, tuple[int, int | None, int]] = {}
+        self._last: RoutingPlan | None = None
+        self._own = threading.local()
+
+    @property
+    def plan(self) -> RoutingPlan | None:
+        """The decision of the step that this thread is computing; None between steps. A thread without one of its own, such as
+        those in which autograd computes layers again, has the last."""
+        if torch.compiler.is_compiling():  # compilers trace one step, and know no threads
+            return self._last
+        own: RoutingPlan | None = getattr(self._own, "plan", None)
+        return self._last if own is None else own
+
+    @plan.setter
+    def plan(self, plan: RoutingPlan | None) -> None:
+        self._last = plan
+        if not torch.compiler.is_compiling():
+            self._own.plan = plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin between steps."""
+        return {"dials": self.dials}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.dials = state["dials"]
 
     def wanted(self) -> int:
         """The largest number of experts that any layer chooses; 0 where each computes all or none."""
@@ -276,8 +311,9 @@ class Routing:
         Raises:
             PlanError: no step is being computed.
         """
-        if self.plan is None:
+        plan = self.plan
+        if plan is None:
             raise PlanError(
                 "there is no routing plan: the pre-gating router decides when the whole model is called, not one of its layers"
             )
-        return self.plan.of(layer, k)
+        return plan.of(layer, k)

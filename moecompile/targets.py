@@ -34,8 +34,8 @@ class Targets:
 
     Attributes:
         ids: (W, S) token ids, windows without padding.
-        overlap: (W, S, N) int16 for aligned ids, or (W, S, L, N): neurons that each expert has in common with the active ones,
-            or the experts' amplitudes.
+        overlap: (W, S, N) int32 for aligned ids, or (W, S, L, N) int16: neurons that each expert has in common with the
+            active ones, or the experts' amplitudes.
     """
 
     ids: Tensor
@@ -87,9 +87,10 @@ def collect_targets(
     ids = torch.cat([rows.cpu() for rows in windows])
     experts = members[0].shape[1]
     shape = (len(ids), ids.shape[1], *(() if aligned else (len(members),)), experts)
-    if 2 * math.prod(shape) > _MOST_BYTES:
+    kind = torch.int32 if aligned else torch.int16  # one layer's counts are at most half of F, a sum of many is more
+    if kind.itemsize * math.prod(shape) > _MOST_BYTES:
         raise InputError(f"the router's targets for {ids.numel()} tokens would take more than 2 GiB; give fewer tokens")
-    overlap = torch.zeros(shape, dtype=torch.int16)
+    overlap = torch.zeros(shape, dtype=kind)
     start = 0
     progress = progress or Progress()
     for group in progress.over(_grouped(batches, windows), "router targets"):
@@ -106,7 +107,7 @@ def collect_targets(
                 found = overlaps(hidden, member, active)
             counts = found.cpu().view(count, ids.shape[1], experts)
             into = overlap[start : start + count] if aligned else overlap[start : start + count, :, number]
-            into += counts.to(torch.int16)
+            into += counts.to(kind)
             if number + 1 < len(matches):
                 stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)), dense.output(hidden))  # type: ignore[misc]
         start += count

@@ -19,9 +19,9 @@ def dense_model(**changes: Any) -> LlamaForCausalLM:
     """A random Llama of two layers that never ends a text by itself."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, eos_token_id=None, bos_token_id=None, pad_token_id=0,
-        **({"num_hidden_layers": 2} | changes),
+        **({"num_hidden_layers": 2, "intermediate_size": 64} | changes),
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

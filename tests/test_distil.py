@@ -254,3 +254,14 @@ def test_a_converted_model_is_taught_on(disjoint: bool) -> None:
     assert changed and all(name.startswith("pregate.router.") for name in changed)
     with pytest.raises(InputError, match="no pre-gating router"):
         router_targets(dense, dense, [])
+
+
+def test_overlaps_of_many_layers_do_not_wrap() -> None:
+    """Nine layers, one expert that holds every neuron: 9 x 4,096 is more than 16 bits hold."""
+    dense = dense_model(num_hidden_layers=9, intermediate_size=8192)
+    captured = capture(dense)
+    matches = match(captured).matches
+    member = torch.zeros(8192, 2)
+    member[:, 0], member[:4096, 1] = 1, 1
+    found = collect_targets(captured, matches, [tokens(1, 4, 0)], [member] * 9, aligned=True)
+    assert int(found.overlap[..., 0].min()) >= 9 * 4096 > int(found.overlap[..., 1].max()) > 0

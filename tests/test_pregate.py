@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,66 @@ def test_export_is_one_graph_with_one_choice(aligned: bool) -> None:
 def test_verify_looks_at_single_layers(aligned: bool) -> None:
     report = moecompile.verify(pregated_model(aligned=aligned), dense_model())
     assert report.exact and all(0 < row["top_k"] < 2 for row in report.layers)
+
+
+def test_threads_have_decisions_of_their_own() -> None:
+    model = pregated_model()
+    texts = [tokens(1, 9, seed) for seed in range(2)]
+    with torch.no_grad():
+        alone = [model(input_ids=ids).logits for ids in texts]
+    worst = [0.0, 0.0]
+
+    def run(number: int) -> None:
+        for _ in range(40):
+            with torch.no_grad():
+                ours = model(input_ids=texts[number]).logits
+            worst[number] = max(worst[number], float((ours - alone[number]).abs().max()))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(worst) < 1e-4
+
+
+def test_two_checkpointed_steps_before_one_backward() -> None:
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        model = pregated_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = [model(input_ids=ids, labels=ids).loss for ids in (tokens(1, 20, 1), tokens(1, 20, 2))]
+        sum(losses).backward()
+        assert model.pregate.routing.plan is None
+        copy.deepcopy(model)
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plainly = gradients(False)
+    for name, gradient in gradients(True).items():
+        if name in plainly:
+            torch.testing.assert_close(gradient, plainly[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_packed_texts_are_decided_alone() -> None:
+    """Positions that begin anew, no mask and no cache: how trainers put several texts into one row."""
+    model, ids = pregated_model(), tokens(1, 10)
+    index = torch.arange(5).repeat(2)[None]
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=index, use_cache=False).logits
+        for part in (slice(0, 5), slice(5, 10)):
+            alone = model(input_ids=ids[:, part], use_cache=False).logits
+            torch.testing.assert_close(packed[:, part], alone, **EXACT)
+
+
+def test_a_static_cache_with_a_mask_from_the_first_call() -> None:
+    from transformers import StaticCache
+
+    model, ids = pregated_model(), tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        ours = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        theirs = model(input_ids=ids, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(ours[real], theirs[real], **EXACT)
