@@ -324,19 +324,25 @@ def _single(expression: str) -> Callable[[Tensor], Tensor] | None:
 def canonical(expression: str) -> Activation:
     """The activation that computes ``expression``, under its name where one of :data:`NAMED` is the same function.
 
-    Sameness is checked by numbers: 4001 points of [-12, 12] in float64, relative difference at most 1e-9.
+    Sameness is checked by numbers in float64: 4001 points of [-12, 12] and others out to 10^4, which tell a function from its
+    clamped variants; relative difference at most 1e-9, where both are numbers.
     """
-    grid = torch.linspace(-12.0, 12.0, 4001, dtype=torch.float64)
+    far = torch.logspace(1.0, 4.0, 61, dtype=torch.float64)
+    grid = torch.cat([torch.linspace(-12.0, 12.0, 4001, dtype=torch.float64), far, -far])
     activation = Activation(expression)
     value = activation(grid)
     for name in NAMED:
-        if torch.allclose(value, Activation(name)(grid), rtol=1e-9, atol=1e-12):
+        named = Activation(name)(grid)
+        both = ~(value.isnan() | named.isnan())
+        if bool(both[:4001].all()) and torch.allclose(value[both], named[both], rtol=1e-9, atol=1e-12):
             return Activation(name)
     return activation
 
 
 def is_linear(activation: Activation) -> bool:
     """Whether the function is affine: then the two projections around it are one matrix, not an FFN."""
-    grid = torch.linspace(-8.0, 8.0, 101, dtype=torch.float64)
-    value = activation(grid)
-    return bool(torch.allclose(value[2:] - value[1:-1], value[1:-1] - value[:-2], rtol=1e-9, atol=1e-12))
+    for reach in (8.0, 1e4):  # the wide one for clamps
+        value = activation(torch.linspace(-reach, reach, 101, dtype=torch.float64))
+        if not torch.allclose(value[2:] - value[1:-1], value[1:-1] - value[:-2], rtol=1e-9, atol=1e-12):
+            return False
+    return True

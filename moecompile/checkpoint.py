@@ -293,10 +293,23 @@ def load(
     _fill(target, folder)
     adopt(target, plan, record)
     if wanted is not None:
-        target.to(wanted)
+        cast_weights(target, wanted)
     if device is not None:
         target.to(device)
     return target.eval()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model's floating-point weights in another type, in place. What is no part of its state, such as rotary frequencies,
+    keeps its precision, as where transformers loads in a type: rounded, they would turn far positions elsewhere."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to(dtype)
+    return model
 
 
 def _empty_model(folder: Path, config: dict[str, Any]) -> PreTrainedModel:

@@ -74,6 +74,10 @@ def find_ffns(model: nn.Module, inputs: Any = None, filter_fn: Filter | None = N
     with evaluating(model):
         captured = capture(model, inputs)
     matched = match(captured)
+    if blocks := tuple(moe_blocks(model)):  # what is within a block is a part of it
+        matched = Matched(tuple(m for m in matched.matches if not _within(m, blocks)), matched.skipped)
+        if not matched.matches:
+            raise MatchError(f"{type(model).__name__} is converted already, and nothing else in it is a feed-forward network")
     if not matched.matches:
         why = f"; nearest: {matched.skipped[0].name}: {matched.skipped[0].reason}" if matched.skipped else ""
         raise MatchError(f"no feed-forward network was found in {type(model).__name__}{why}")
@@ -83,6 +87,12 @@ def find_ffns(model: nn.Module, inputs: Any = None, filter_fn: Filter | None = N
             raise MatchError("filter_fn leaves no feed-forward network to split")
         matched = Matched(chosen, matched.skipped)
     return captured, matched
+
+
+def _within(found: Match, blocks: tuple[str, ...]) -> bool:
+    """Whether an FFN lies in one of these modules."""
+    places = [found.site.name] if found.site.placement is None else [found.site.name, found.site.placement.block]
+    return any(place == path or place.startswith(f"{path}.") for place in places for path in blocks)
 
 
 def _module_at(model: nn.Module, name: str) -> nn.Module:
@@ -231,6 +241,7 @@ def convert_with_record(
     data = CalibrationData.of(calibration)
     captured, matched = find_ffns(model, capture_inputs(model, example_inputs, data.batches), filter_fn)
     _refuse_graph_only(matched, form)
+    earlier = _earlier_plan(model, form)
     clock.mark("capture")
     if isinstance(plan_or_recipe, MoEPlan):
         the_plan = plan_or_recipe
@@ -249,7 +260,8 @@ def convert_with_record(
     progress.say(f"parity: all experts on, max abs error {error:.2e} (allowed {allowed:.0e})")
     del trial
     clock.mark("parity")
-    module = adopt(_assemble(model, captured, matched, the_plan, form, inplace), the_plan)
+    module = _assemble(model, captured, matched, the_plan, form, inplace)
+    module = adopt(module, the_plan if earlier is None else _joined(earlier, the_plan, module))
     clock.mark("apply")
     layers = _measure(captured, matched, module, the_plan, model if not inplace else None, samples)
     routing_error = check_routing(layers, next(p.dtype for p in module.parameters() if p.is_floating_point()))
@@ -258,6 +270,30 @@ def convert_with_record(
     return Conversion(
         module, the_plan, matched, error, allowed, routing_error, layers, moe_costs(module, blocks, costs), clock.seconds
     )
+
+
+def _earlier_plan(model: nn.Module, form: str) -> MoEPlan | None:
+    """The plan by which some of a model's FFNs were converted before.
+
+    Raises:
+        InputError: no more can be.
+    """
+    earlier = getattr(model, "moecompile_plan", None) if moe_blocks(model) else None
+    if earlier is not None and earlier.pregate is not None:
+        raise InputError("the model has a router at its front, which decides for the layers that it was made for")
+    if earlier is not None and form == "graph":
+        raise InputError("some of the model's layers are converted already; what is left can be with form='module'")
+    return earlier
+
+
+def _joined(earlier: MoEPlan, later: MoEPlan, module: nn.Module) -> MoEPlan:
+    """One plan of all that is converted, in the order of the module's blocks."""
+    if later.pregate is not None:
+        raise InputError("a router at the front decides for all layers, but some are converted already")
+    order = {path: number for number, path in enumerate(moe_blocks(module))}
+    sites = [site for plan in (earlier, later) for site in plan.sites]
+    sites.sort(key=lambda site: order[site.site.placement.block] if site.site.placement else len(order))
+    return replace(later, sites=tuple(sites), final_norm=later.final_norm or earlier.final_norm)
 
 
 def _measure(

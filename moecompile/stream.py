@@ -7,7 +7,8 @@ a sequential recipe needs. Nothing behind the last FFN (the head) is computed, b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,8 +50,13 @@ class Stream:
         self._device = next((parameter.device for parameter in captured.module.parameters()), torch.device("cpu"))
         self._attributes: dict[fx.Node, Any] = {}
         self._position = 0
-        self._states = [self._initial(batch) for batch in batches]
-        self._inputs = [dict(state) for state in self._states]
+        # Operators that write in place (x += ffn(x)) get copies wherever the stream reads a value more than once.
+        self._writes = any(
+            isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+            for node in captured.graph_module.graph.nodes
+        )
+        self._inputs = [self._initial(batch) for batch in batches]
+        self._states = [self._apart(state) for state in self._inputs]
         self._keep: list[Tensor | None] = [self._token_mask(batch) for batch in batches]
 
     def _initial(self, batch: Any) -> dict[fx.Node, Any]:
@@ -65,10 +71,14 @@ class Stream:
             raise InputError(f"a calibration batch has {len(flat)} inputs; the captured model takes {len(placeholders)}")
         return dict(zip(placeholders, flat, strict=True))
 
+    def _apart(self, state: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """The same values, which may be written to; views stay views."""
+        return dict(zip(state, copy.deepcopy(list(state.values())), strict=True)) if self._writes else dict(state)
+
     @staticmethod
     def _token_mask(batch: Any) -> Tensor | None:
         """Real tokens of a padded batch (B, S); None where there is no padding."""
-        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         return mask.bool() if isinstance(mask, Tensor) and not bool(mask.all()) else None
 
     def __iter__(self) -> Iterator[tuple[Match, list[Tensor]]]:
@@ -130,6 +140,7 @@ class Stream:
             rows = x.reshape(-1, x.shape[-1])
             with torch.no_grad():
                 value = ffn(rows) if known is None else known[start : start + len(rows)].to(x.dtype)
+                value = value.clone() if self._writes else value
             state[match.out] = value.reshape(x.shape)
             start += len(rows)
             for node in self._dead_behind[self._position]:
@@ -150,7 +161,7 @@ class Stream:
             The tensors among the graph's outputs.
         """
         match = self.matches[self._position]
-        values = {**self._inputs[index], **self._states[index], match.out: ffn_output}
+        values = self._apart({**self._inputs[index], **self._states[index], match.out: ffn_output})
         output = next(node for node in self.captured.graph_module.graph.nodes if node.op == "output")
         needed, pending = set[fx.Node](), list(output.all_input_nodes)
         while pending:

@@ -122,3 +122,9 @@ def test_survives_pickling() -> None:
 
     again = pickle.loads(pickle.dumps(Activation("mul(2.0, silu(x))")))
     assert again == Activation("mul(2.0, silu(x))") and float(again(torch.ones(()))) == pytest.approx(2 * 0.731058, rel=1e-5)
+
+
+def test_a_clamp_far_out_is_not_forgotten() -> None:
+    for expression in ("minimum(relu(x), 20.0)", "maximum(mul(x, sigmoid(x)), -0.1)", "minimum(gelu(x), 1000.0)"):
+        assert canonical(expression).name not in NAMED
+    assert not is_linear(Activation("maximum(minimum(x, 10.0), -10.0)"))

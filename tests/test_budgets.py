@@ -9,6 +9,8 @@ import torch
 from families import BY_NAME, batch_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import BatchEncoding
 
 import moecompile
 from moecompile.cli.convert import batched
@@ -127,3 +129,42 @@ def test_budgets_are_measured_on_many_texts() -> None:
     assert torch.equal(torch.cat(batched(rows, Static())), rows)
     assert {len(part) for part in batched(rows[:8], Calibrated())} == {4}  # too few to choose from
     assert [tuple(part.shape) for part in batched(rows.reshape(10, 1024), None)] == [(2, 1024)] * 5
+
+
+class Residual(nn.Module):
+    """Layers that add their FFN in place, or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.in_place, self.norm = in_place, nn.LayerNorm(16)
+        self.up = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(48, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        for up, down in zip(self.up, self.down, strict=True):
+            y = down(nn.functional.gelu(up(self.norm(x))))
+            if self.in_place:
+                x += y
+            else:
+                x = x + y
+        return x
+
+
+def test_a_residual_in_place_changes_nothing() -> None:
+    batches = [torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    given = [batch.clone() for batch in batches]
+    ours, theirs = (
+        moecompile.plan(Residual(form), Calibrated(32, 8, 8), batches, example_inputs=(batches[0],)) for form in (True, False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(batches, given, strict=True))
+    assert [site.experts for site in ours.sites] == [site.experts for site in theirs.sites]
+    for name, tensor in theirs.tensors.items():
+        torch.testing.assert_close(ours.tensors[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_padding_is_left_out_of_what_a_tokenizer_gives() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    given = Stream._token_mask(BatchEncoding({"attention_mask": mask}))
+    assert given is not None and torch.equal(given, mask.bool())

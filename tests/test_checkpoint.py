@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moecompile
-from moecompile import CheckpointError, InputError, MoECompileError, PlanError, hub
+from moecompile import CheckpointError, InputError, MatchError, MoECompileError, PlanError, hub
 from moecompile.parity import outputs_of
 from moecompile.plans import MoEPlan
 from moecompile.recipes import Contiguous, Static
@@ -572,3 +572,28 @@ def test_dense_folder(family: Family, tmp_path: Path) -> None:
 def test_dense_dtype(dense_folder: Path) -> None:
     assert hub.load_dense(str(dense_folder), dtype=torch.bfloat16).dtype == torch.bfloat16
     assert hub.load_dense(str(dense_folder), dtype="auto").dtype == torch.float32
+
+
+def test_loading_in_a_type_keeps_the_rotary_frequencies(tmp_path: Path) -> None:
+    dense = BY_NAME["llama"].build()
+    moecompile.convert(dense, Contiguous(4, 0, 4)).save_pretrained(tmp_path / "moe")
+    loaded = moecompile.load(tmp_path / "moe", dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, dense.model.rotary_emb.inv_freq, rtol=0, atol=0)
+
+
+def test_layers_converted_one_after_the_other(tmp_path: Path) -> None:
+    dense, batch = BY_NAME["llama"].build(), batch_of(BY_NAME["llama"])
+    model = dense
+    for layer in (1, 0):
+        wanted = f"layers.{layer}.mlp"
+        model = moecompile.convert(model, Contiguous(4, 2, 4), filter_fn=lambda _m, name, wanted=wanted: name.endswith(wanted))
+    assert len(moecompile.moe_blocks(model)) == 2
+    model.save_pretrained(tmp_path / "moe")
+    again = moecompile.load(tmp_path / "moe")
+    with torch.no_grad():
+        expected, ours = (m.eval()(**batch).logits for m in (dense, again))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    for converted in (model, again):
+        with pytest.raises(MatchError, match="converted already"):
+            moecompile.convert(converted, Contiguous(2, 0, 2))

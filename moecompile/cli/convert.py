@@ -224,7 +224,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     diagnosis = balance(conversion.module, model, held, progress=progress) if held is not None else None
     dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
-    module = conversion.module.to(device="cpu", dtype=dtype)
+    module = checkpoint.cast_weights(conversion.module.to("cpu"), dtype)
     record = _record(options, recipe, conversion, windows)
     if isinstance(recipe, ReadMe) and batches:
         record["calibration"]["tokens"] = sum(v.numel() for part in batches.values() for one in part for v in one.values())

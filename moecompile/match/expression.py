@@ -178,6 +178,7 @@ class Walk:
         if target in (aten.clamp.default, aten.clip.default, aten.clamp_.default):
             value = self.read(node.args[0])
             low, high = N.argument(node, 1, "min"), N.argument(node, 2, "max")
+            low, high = None if low == -math.inf else low, None if high == math.inf else high
             value = value if low is None else Call("maximum", (value, self.read(low)))
             return value if high is None else Call("minimum", (value, self.read(high)))
         if target is aten.clamp_min.default:
