@@ -205,7 +205,10 @@ def write_files(
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         with quiet_transformers():
-            generation.save_pretrained(folder)
+            try:
+                generation.save_pretrained(folder)
+            except ValueError:  # settings that contradict each other, as the dense model had them
+                generation.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         try:
             tokenizer.save_pretrained(folder)

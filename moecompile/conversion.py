@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from .apply import build_block, build_blocks, install, moe_blocks, set_final_norm
@@ -22,7 +22,7 @@ from .diagnose import layer_rows
 from .errors import CaptureError, InputError, MatchError, PlanError
 from .front import attach_to_graph, deciding, front_of
 from .match import Match, Matched, match
-from .parity import check_parity, check_routing, evaluating
+from .parity import check_parity, check_routing, evaluating, outputs_of
 from .passes import SplitFFN, run_passes
 from .passes.split_ffn import block_path
 from .plans import MoEPlan
@@ -241,6 +241,8 @@ def convert_with_record(
     data = CalibrationData.of(calibration)
     captured, matched = find_ffns(model, capture_inputs(model, example_inputs, data.batches), filter_fn)
     _refuse_graph_only(matched, form)
+    if form == "module":
+        _refuse_other_outputs(model, matched, captured.kwargs or captured.args)
     earlier = _earlier_plan(model, form)
     clock.mark("capture")
     if isinstance(plan_or_recipe, MoEPlan):
@@ -326,6 +328,28 @@ def _refuse_graph_only(matched: Matched, form: str) -> None:
                 f"{site.name} cannot be replaced in the live module: {site.refusal}; form='graph' can, "
                 "or filter_fn can leave it dense"
             )
+
+
+def _refuse_other_outputs(model: nn.Module, matched: Matched, inputs: Any) -> None:
+    """Refuse modules to be replaced that give something around their FFN's output: a block gives a tensor."""
+    places = {site.placement.block: site.name for site in matched.sites if site.placement and not site.placement.bypass}
+    given: dict[str, str] = {}
+
+    def look(path: str) -> Callable[..., None]:
+        return lambda _m, _inputs, output: None if isinstance(output, Tensor) else given.update({path: type(output).__name__})
+
+    hooks = [model.get_submodule(path).register_forward_hook(look(path)) for path in places]
+    try:
+        with evaluating(model):
+            outputs_of(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, kind in given.items():
+        raise MatchError(
+            f"{places[path]} cannot be replaced in the live module: '{path}' gives a {kind}, not its FFN's output alone; "
+            "form='graph' can, or filter_fn can leave it dense"
+        )
 
 
 def matches_of(the_plan: MoEPlan, matched: Matched) -> Matched:

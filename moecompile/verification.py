@@ -60,14 +60,18 @@ def verify(moe: nn.Module, dense: nn.Module, inputs: Any = None) -> VerifyReport
     batch: Any = kwargs or args
     with all_experts_on(moe):
         error, allowed = max_abs_error(moe, dense, [batch])
-    blocks = moe_blocks(moe)
+    blocks, plan = moe_blocks(moe), getattr(moe, "moecompile_plan", None)
+    places = (
+        {} if plan is None else {site.site.name: number for number, site in enumerate(plan.sites)}
+    )  # a graph's are by number
 
     def block_of(number: int, found: Match) -> MoEFFN | None:
-        return blocks.get(block_path(found, number))
+        return blocks.get(block_path(found, places.get(found.site.name, number)))
 
     with evaluating(dense), deciding(moe, [batch]):
         captured = capture(dense, batch)
-        rows = layer_rows(captured, match(captured).matches, block_of, [batch])
+        matches = tuple(found for found in match(captured).matches if not places or found.site.name in places)
+        rows = layer_rows(captured, matches, block_of, [batch])
     if not rows:
         raise InputError("none of the dense model's FFNs is an MoE block in the other model")
     return VerifyReport(error, allowed, tuple(rows))

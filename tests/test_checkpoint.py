@@ -597,3 +597,11 @@ def test_layers_converted_one_after_the_other(tmp_path: Path) -> None:
     for converted in (model, again):
         with pytest.raises(MatchError, match="converted already"):
             moecompile.convert(converted, Contiguous(2, 0, 2))
+
+
+def test_a_generation_config_that_contradicts_itself_is_kept(tmp_path: Path) -> None:
+    model = moecompile.convert(BY_NAME["llama"].build(), Contiguous(4, 0, 4))
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, False
+    model.save_pretrained(tmp_path / "moe")
+    assert json.loads((tmp_path / "moe" / "generation_config.json").read_text())["temperature"] == 0.5
+    assert moecompile.load(tmp_path / "moe").generation_config.temperature == 0.5

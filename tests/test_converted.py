@@ -231,3 +231,47 @@ def test_calibrated_graph_form_equals_live_form() -> None:
     live, graph = (moecompile.convert(dense, plan, form=form) for form in ("module", "graph"))
     for a, b in zip(outputs_of(live, batches[0]), outputs_of(graph, batches[0]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Pair(torch.nn.Module):
+    """An FFN that also gives its hidden state's mean, which nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(8, 24), torch.nn.Linear(24, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.down(torch.nn.functional.gelu(self.up(x))), None
+
+
+class Unpacking(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = Pair()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.ffn(x)[0]
+
+
+def test_a_module_that_gives_more_than_its_ffn_is_left() -> None:
+    torch.manual_seed(0)
+    model, inputs = Unpacking(), (torch.randn(2, 3, 8),)
+    with pytest.raises(MatchError, match=r"'ffn' gives a tuple.*form='graph'"):
+        moecompile.convert(model, Contiguous(4), example_inputs=inputs)
+    moe = moecompile.convert(model, Contiguous(4), example_inputs=inputs, form="graph")
+    torch.testing.assert_close(moe(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_verify_names_the_layers_of_a_plan_that_leaves_some_dense() -> None:
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Sequential(Inline(), Inline(), Inline()), (torch.randn(2, 3, 8),)
+    chosen: list[str] = []
+
+    def last(_module: torch.nn.Module, name: str) -> bool:
+        chosen.append(name)
+        return name == "2" or name.startswith("2.")
+
+    moe = moecompile.convert(model, Contiguous(4), example_inputs=inputs, form="graph", filter_fn=last)
+    report = moecompile.verify(moe, model, inputs)
+    assert report.exact and [row["site"] for row in report.layers] == [name for name in chosen if name.startswith("2")]
+    assert report.layers[0]["all"] < 1e-5
