@@ -315,3 +315,11 @@ def test_specs_of_a_stock_model(tmp_path: Path) -> None:
 def test_a_dense_model_has_no_experts(dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["codegen", str(dense_folder), "--out", str(tmp_path / "out"), "--quiet"]) == 2
     assert "has no experts; convert it first" in capsys.readouterr().err
+
+
+def test_gradients_beside_shared_neurons() -> None:
+    from moecompile.cli.codegen import with_gradients
+
+    assert with_gradients(SPEC) == [replace(SPEC, direction="backward")]
+    shared = replace(SPEC, shared_width=384, shared_bias=True, output_bias=True, weighted=False)
+    assert with_gradients(shared) == [shared, replace(SPEC, direction="backward")]

@@ -153,7 +153,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     try:
         triton_module()
         jobs = [replace(spec, target=where) for spec in specs for where in options.target]
-        jobs = [replace(spec, direction="backward") for spec in jobs] if options.backward else jobs
+        jobs = [job for spec in jobs for job in with_gradients(spec)] if options.backward else jobs
         with new_folder(options.out, overwrite=False) as folder:
             for spec in progress.over(jobs, "compiling"):
                 rows += write(spec, folder)
@@ -163,6 +163,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(str(error)) from None
     return {"json": {"kernels": rows, "path": str(options.out)}, "text": _table(rows)}
+
+
+def with_gradients(spec: TritonSpec) -> list[TritonSpec]:
+    """What computes a block and its gradients: those of shared neurons and output biases are torch's own."""
+    plain: dict[str, Any] = {"shared_width": 0, "shared_bias": False, "output_bias": False, "weighted": True}
+    backward = replace(spec, direction="backward", **plain)
+    return [backward] if replace(spec, **plain) == spec else [spec, backward]
 
 
 def write(spec: TritonSpec, folder: Path) -> list[dict[str, Any]]:
