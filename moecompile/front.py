@@ -28,13 +28,25 @@ if TYPE_CHECKING:
     from .plans import MoEPlan
 
 
-class RouterLayer(DynamicLayer):
+class _Wrapping:
+    """A layer behind the model's last one. It stays on its device; a cache that offloads its layers, which fetches the next one
+    ahead, is led on to the first."""
+
+    following: Any = None
+
+    def prefetch(self) -> None:
+        """Fetch the model's first layer of the next step."""
+        if self.following is not None:
+            self.following.prefetch()
+
+
+class RouterLayer(_Wrapping, DynamicLayer):
     """The router's keys and values in a growing cache."""
 
     _layer_type = None
 
 
-class StaticRouterLayer(StaticLayer):
+class StaticRouterLayer(_Wrapping, StaticLayer):
     """The router's keys and values in a cache of fixed size."""
 
     _layer_type = None
@@ -147,14 +159,15 @@ class PreGate(nn.Module):
             while len(layers) < self.layers:
                 layers.append(cache.layer_class_to_replicate())
         static = [layer for layer in layers if isinstance(layer, StaticLayer)]
-        if not static:
-            layers.append(RouterLayer())
-            return layers[-1]
         whole = [layer.max_cache_len for layer in static if not layer.is_sliding]
-        if not whole:
+        if static and not whole:
             raise InputError("a static cache of sliding windows alone does not say how many tokens the router must keep")
-        layers.append(StaticRouterLayer(max(whole)))
-        return layers[-1]
+        own = StaticRouterLayer(max(whole)) if static else RouterLayer()
+        if getattr(cache, "offloading", False):
+            stays = getattr(cache, "only_non_sliding", True)
+            own.following = next((layer for layer in layers if not (stays and getattr(layer, "is_sliding", False))), None)
+        layers.append(own)
+        return own
 
     def _again(self, model: nn.Module) -> bool:
         """Whether the model's layers will be computed again for the backward pass."""

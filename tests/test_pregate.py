@@ -13,7 +13,7 @@ from compiling import dense_model, tokens
 from families import BY_NAME, FAMILIES
 from pregating import SMALL, pregated_model, pregated_plan, random_router
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import moecompile
 from moecompile import InputError, MatchError, PlanError
@@ -288,3 +288,19 @@ def test_a_static_cache_with_a_mask_from_the_first_call() -> None:
         theirs = model(input_ids=ids, attention_mask=mask).logits
     real = mask.bool()
     torch.testing.assert_close(ours[real], theirs[real], **EXACT)
+
+
+def test_an_offloaded_cache_comes_round_to_its_first_layer() -> None:
+    """After the last layer transformers fetches the next one, which is the router's; moving to another device needs one."""
+    model, ids = pregated_model(), tokens(1, 4)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        cache.offloading, cache.only_non_sliding = True, True
+        model.pregate._layer(cache)
+        cache.offloading = False
+        model(input_ids=ids, past_key_values=cache)
+    fetched: list[int] = []
+    for number, layer in enumerate(cache.layers[:-1]):
+        layer.prefetch = lambda number=number: fetched.append(number)
+    cache.layers[-1].prefetch()
+    assert fetched == [0]
