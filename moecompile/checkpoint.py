@@ -397,7 +397,15 @@ class _Loader(PreTrainedModel):
         if device_map is not None and not isinstance(device_map, (str, torch.device, int)):
             raise InputError("a converted model goes to one device; give device_map as its name")
         device = None if device_map in (None, "auto") else device_map
+        try:
+            device = device if device is None else torch.device(device)
+        except RuntimeError:
+            raise InputError(f"device_map is '{device_map}'; a converted model goes to one device, such as 'cuda:0'") from None
         model = load(name, dtype=kwargs.get("dtype") or kwargs.get("torch_dtype"), device=device)
+        # The Auto classes put it into the config.
+        attention = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
+        if attention is not None:
+            model.set_attn_implementation(attention)  # type: ignore[operator]
         return (model, {}) if kwargs.get("output_loading_info") else model
 
 

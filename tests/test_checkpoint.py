@@ -605,3 +605,12 @@ def test_a_generation_config_that_contradicts_itself_is_kept(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "moe")
     assert json.loads((tmp_path / "moe" / "generation_config.json").read_text())["temperature"] == 0.5
     assert moecompile.load(tmp_path / "moe").generation_config.temperature == 0.5
+
+
+def test_what_the_auto_classes_are_asked_for(folder: Path) -> None:
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(folder, attn_implementation="eager", device_map="cpu")
+    assert model.config._attn_implementation == "eager" and model.device.type == "cpu"
+    assert auto.from_pretrained(folder).config._attn_implementation == "sdpa"
+    with pytest.raises(InputError, match="device_map is 'sequential'"):
+        auto.from_pretrained(folder, device_map="sequential")
