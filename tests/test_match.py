@@ -390,3 +390,16 @@ def test_capture_needs_inputs_of_an_unknown_module() -> None:
 def test_printed_explanation_lists_sites_and_reasons() -> None:
     text = str(explain(FAMILIES[10].build()))
     assert "bert.encoder.layer.0" in text and "layer_norm" in text and "normalisation stands between" in text
+
+
+def test_projections_of_two_types_are_skipped() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 24).to(torch.float64), nn.Linear(24, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(nn.functional.relu(self.up(x.double())).float())
+
+    found = explain(Mixed(), example_inputs=(torch.randn(2, 3, 8),))
+    assert not found.sites and any("several types, float32 and float64" in skip.reason for skip in found.skipped)

@@ -182,6 +182,10 @@ def _read_site(captured: Captured, modules: ModuleMap, uses: dict[int, list[fx.N
     _check_shapes(x, down)
     for linear in (*[leaf.linear for leaf in projections], down):
         _check_parameter(captured, uses, linear, before | own)
+    kinds = {N.attribute(captured.graph_module, each.weight.target).dtype for each in (*(p.linear for p in projections), down)}
+    if len(kinds) > 1:  # T5 in float16 keeps its down projection in float32
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise Blocked(down.node, f"its projections are of several types, {names}; load the model in one")
     forms = _reshaped_forms(x, projections)
     placed = place(modules, gate is not None, {x, *forms}, before, own | _views_of(down, before), down.node)
     site = FFNSite(
