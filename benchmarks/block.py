@@ -59,7 +59,11 @@ def ours(layers: Layers, weight_format: str) -> Callable[[Tensor], None]:
 
 def weights(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Layers:
     """Random weights of thirty layers; down projections by neuron where they belong to our kernel."""
-    return [tuple((torch.randn(shape) * 0.02).to(dtype) for shape in shapes) for _ in range(LAYERS)]
+
+    def made(shape: tuple[int, ...]) -> Tensor:  # copies are kept of parameters alone
+        return torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype), requires_grad=False)
+
+    return [tuple(map(made, shapes)) for _ in range(LAYERS)]
 
 
 def main() -> None:
