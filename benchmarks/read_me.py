@@ -178,14 +178,14 @@ def done(options: argparse.Namespace, folder: Path, command: list[str], start: P
         if {key: known.get(key) for key in made} == made:
             return
     say(f"moecompile {' '.join(command)}")
-    start = time.perf_counter()
+    began = time.perf_counter()
     with folder.with_name(f"{folder.name}.log").open("w", encoding="utf-8") as log:
         outcome = subprocess.run([sys.executable, "-c", RUN, *command, "--json"], stdout=subprocess.PIPE, stderr=log)
     if outcome.returncode:
         raise SystemExit(f"moecompile {command[0]} failed; see {log.name}")
     result = json.loads(outcome.stdout)
     kept = {key: value for key, value in result.items() if not isinstance(value, list)}
-    write(mark, {**made, "seconds": round(time.perf_counter() - start, 1), "result": kept})
+    write(mark, {**made, "seconds": round(time.perf_counter() - began, 1), "result": kept})
 
 
 def _mark(folder: Path) -> Path:

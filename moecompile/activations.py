@@ -320,21 +320,29 @@ def _single(expression: str) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
+NEAR = 4001  # points of the probe in [-12, 12]
+
+
+def probe() -> Tensor:
+    """The float64 points on which functions are compared: many in [-12, 12] first, then some out to 10^4 on either side, which
+    tell a function from its clamped variants."""
+    far = torch.logspace(1.0, 4.0, 61, dtype=torch.float64)
+    return torch.cat([torch.linspace(-12.0, 12.0, NEAR, dtype=torch.float64), far, -far])
+
+
 @lru_cache(maxsize=256)
 def canonical(expression: str) -> Activation:
     """The activation that computes ``expression``, under its name where one of :data:`NAMED` is the same function.
 
-    Sameness is checked by numbers in float64: 4001 points of [-12, 12] and others out to 10^4, which tell a function from its
-    clamped variants; relative difference at most 1e-9, where both are numbers.
+    Sameness is checked by numbers, on :func:`probe`: relative difference at most 1e-9, where both are numbers.
     """
-    far = torch.logspace(1.0, 4.0, 61, dtype=torch.float64)
-    grid = torch.cat([torch.linspace(-12.0, 12.0, 4001, dtype=torch.float64), far, -far])
+    grid = probe()
     activation = Activation(expression)
     value = activation(grid)
     for name in NAMED:
         named = Activation(name)(grid)
         both = ~(value.isnan() | named.isnan())
-        if bool(both[:4001].all()) and torch.allclose(value[both], named[both], rtol=1e-9, atol=1e-12):
+        if bool(both[:NEAR].all()) and torch.allclose(value[both], named[both], rtol=1e-9, atol=1e-12):
             return Activation(name)
     return activation
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
-from .activations import NAMED, Activation
+from .activations import NAMED, Activation, probe
 from .ops import expert_ffn
 
 NAME = "moecompile"
@@ -244,8 +244,7 @@ def _activation(act: Callable[[Tensor], Tensor]) -> str | None:
         return None  # training could change what it computes
     # Under export the model runs on fake tensors, and on another default device perhaps; here numbers are needed.
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
-        far = torch.logspace(1.0, 4.0, 61, dtype=torch.float64)  # tells a function from its clamped variants
-        grid = torch.cat([-far, torch.linspace(-12.0, 12.0, 4001, dtype=torch.float64), far])
+        grid = probe()
         try:
             value = act(grid.clone())
         except Exception:  # foreign code: whatever cannot be evaluated on plain numbers is not recognised

@@ -19,6 +19,7 @@ from .capture import Captured, normalise_inputs
 from .errors import InputError
 from .match import Match
 from .match.nodes import attribute
+from .passes.nodes import writes
 from .precision import multiplying
 from .products import replacement
 
@@ -51,10 +52,7 @@ class Stream:
         self._attributes: dict[fx.Node, Any] = {}
         self._position = 0
         # Operators that write in place (x += ffn(x)) get copies wherever the stream reads a value more than once.
-        self._writes = any(
-            isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-            for node in captured.graph_module.graph.nodes
-        )
+        self._writes = any(map(writes, captured.graph_module.graph.nodes))
         self._inputs = [self._initial(batch) for batch in batches]
         self._states = [self._apart(state) for state in self._inputs]
         self._keep: list[Tensor | None] = [self._token_mask(batch) for batch in batches]

@@ -61,9 +61,8 @@ def verify(moe: nn.Module, dense: nn.Module, inputs: Any = None) -> VerifyReport
     with all_experts_on(moe):
         error, allowed = max_abs_error(moe, dense, [batch])
     blocks, plan = moe_blocks(moe), getattr(moe, "moecompile_plan", None)
-    places = (
-        {} if plan is None else {site.site.name: number for number, site in enumerate(plan.sites)}
-    )  # a graph's are by number
+    # Blocks of a graph are numbered as the plan's sites are.
+    places = {} if plan is None else {site.site.name: number for number, site in enumerate(plan.sites)}
 
     def block_of(number: int, found: Match) -> MoEFFN | None:
         return blocks.get(block_path(found, places.get(found.site.name, number)))

@@ -453,16 +453,21 @@ def test_verification_sees_behind_a_nan() -> None:
     assert _worst([theirs[:0]], [theirs[:0]]) == 0.0
 
 
-def test_verification_finds_what_is_wrong_outside_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def outputs_off(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
+    """Compiled graphs whose outputs are wrong, though no layer is."""
     from moecompile import backend
 
     right = backend.through_inductor
 
     def wrong(*arguments: Any) -> Any:
         compiled = right(*arguments)
-        return lambda *args: tuple(out + 0.01 if out.is_floating_point() else out for out in compiled(*args))
+        return lambda *args: tuple(out + by if out.is_floating_point() else out for out in compiled(*args))
 
     monkeypatch.setattr(backend, "through_inductor", wrong)
+
+
+def test_verification_finds_what_is_wrong_outside_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs_off(monkeypatch, 0.01)
     with pytest.raises(ParityError, match="the cause is outside of them"):
         logits(without_inductor(moecompile.compile(calibrated(), verify=True)))
 
@@ -501,15 +506,7 @@ def test_verification_excuses_only_the_sequences_with_a_tie(monkeypatch: pytest.
 
 def test_verification_in_bfloat16_finds_what_is_wrong_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choices are compared as they were made, in float32: rounded scores would seem to turn some, and excuse all."""
-    from moecompile import backend
-
-    right = backend.through_inductor
-
-    def wrong(*arguments: Any) -> Any:
-        compiled = right(*arguments)
-        return lambda *args: tuple(out + 1.0 if out.is_floating_point() else out for out in compiled(*args))
-
-    monkeypatch.setattr(backend, "through_inductor", wrong)
+    outputs_off(monkeypatch, 1.0)
     moe = plain()
     for block in moecompile.moe_blocks(moe).values():  # scores so close that many are level in bfloat16
         block.router.weight.data = block.router.weight[:1] + 0.01 * block.router.weight
