@@ -14,6 +14,7 @@ Targets are computed once and kept as 16-bit numbers; training then reads embedd
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -95,7 +96,7 @@ def probabilities(overlap: Tensor, options: Distillation, mean: Tensor, scale: f
 
 def statistics(overlap: Tensor) -> tuple[Tensor, float]:
     """Each expert's mean overlap, (N,) or (L, N), and the standard deviation around each token's mean."""
-    total = torch.zeros(overlap.shape[2:], dtype=torch.float64)
+    total = torch.zeros(overlap.shape[2:], dtype=torch.float64, device=overlap.device)
     square, count = 0.0, 0
     for part in overlap.split(16):
         wide = part.double()
@@ -138,14 +139,15 @@ def distil(
     progress = progress or Progress()
     kept, held = targets.split(options.held, seed)
     mean, scale = statistics(kept.overlap)
+    path = None if state is None else Path(state)
+    options_of = {"seed": seed, "targets": _mark(kept, mean, scale), **asdict(options), **router.spec.to_dict()}
+    identity = json.dumps(options_of, sort_keys=True)
     device = next(router.parameters()).device
     mean = mean.to(device)
     decayed = [p for p in router.parameters() if p.dim() > 1]
     plain = [p for p in router.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
-    path = None if state is None else Path(state)
-    identity = json.dumps({"seed": seed, "windows": len(kept.ids), **asdict(options), **router.spec.to_dict()}, sort_keys=True)
     first, losses = _resume(path, router, optimizer, identity)
     router.train()
     for step in progress.over(range(first, options.steps), "router training"):
@@ -174,6 +176,13 @@ def distil(
     if len(held.ids):
         result.update(agreement(router, embed, held, options, mean))
     return result
+
+
+def _mark(targets: Targets, mean: Tensor, scale: float) -> str:
+    """A short mark of what is learned, by which a resumption knows its targets."""
+    found = hashlib.sha256(targets.ids.cpu().contiguous().numpy().tobytes())
+    found.update(repr((tuple(targets.overlap.shape), scale, mean.flatten().tolist())).encode())
+    return found.hexdigest()[:16]
 
 
 def loss_of(scores: Tensor, wanted: Tensor, options: Distillation) -> Tensor:

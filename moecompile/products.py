@@ -61,7 +61,7 @@ def attention(
 
 
 def blocked(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """(B, H, L, d), (B, G, L, d), (B, G, L, d) -> (B, H, L, d), each position attending to itself and what is before it.
+    """(B, H, L, d), (B, G, L, d), (B, G, L, e) -> (B, H, L, e), each position attending to itself and what is before it.
 
     A block of queries against the keys up to its end, O_b = softmax(Q_b K_{<=b}^T scale + causal mask) V_{<=b}; differentiable.
     """
@@ -75,8 +75,8 @@ def blocked(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ahead = torch.full((end - start, end), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(start + 1)
         weights = (scores.view(batch, groups, -1, end - start, end) + ahead).softmax(-1)
         out = weights.view(batch, groups, -1, end) @ value[:, :, :end]
-        parts.append(out.view(batch, groups, -1, end - start, width))
-    return torch.cat(parts, dim=3).view(batch, heads, length, width)
+        parts.append(out.view(batch, groups, -1, end - start, value.shape[-1]))
+    return torch.cat(parts, dim=3).view(batch, heads, length, value.shape[-1])
 
 
 def replacement(target: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -19,9 +19,9 @@ from .capture import Captured, normalise_inputs
 from .errors import InputError
 from .match import Match
 from .match.nodes import attribute
-from .passes.nodes import writes
 from .precision import multiplying
 from .products import replacement
+from .schedule import Schedule
 
 
 class Stream:
@@ -47,12 +47,10 @@ class Stream:
         last: fx.Node | None = None,
     ) -> None:
         self.captured, self.matches, self.dtype, self._last = captured, tuple(matches), dtype, last
-        self._segments, self._dead_within, self._dead_behind = _segments(captured.graph_module.graph, self.matches, last)
+        self._schedule = Schedule.of(captured.graph_module.graph, self.matches, last)
         self._device = next((parameter.device for parameter in captured.module.parameters()), torch.device("cpu"))
         self._attributes: dict[fx.Node, Any] = {}
         self._position = 0
-        # Operators that write in place (x += ffn(x)) get copies wherever the stream reads a value more than once.
-        self._writes = any(map(writes, captured.graph_module.graph.nodes))
         self._inputs = [self._initial(batch) for batch in batches]
         self._states = [self._apart(state) for state in self._inputs]
         self._keep: list[Tensor | None] = [self._token_mask(batch) for batch in batches]
@@ -67,11 +65,12 @@ class Stream:
         flat = pytree.tree_leaves((args, {name: kwargs[name] for name in self.captured.kwargs}))
         if len(flat) != len(placeholders):
             raise InputError(f"a calibration batch has {len(flat)} inputs; the captured model takes {len(placeholders)}")
-        return dict(zip(placeholders, flat, strict=True))
+        own = {node: self._attribute(node).clone() for node in self._schedule.written_attributes}
+        return {**dict(zip(placeholders, flat, strict=True)), **own}
 
     def _apart(self, state: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
         """The same values, which may be written to; views stay views."""
-        return dict(zip(state, copy.deepcopy(list(state.values())), strict=True)) if self._writes else dict(state)
+        return dict(zip(state, copy.deepcopy(list(state.values())), strict=True)) if self._schedule.writes else dict(state)
 
     @staticmethod
     def _token_mask(batch: Any) -> Tensor | None:
@@ -102,9 +101,9 @@ class Stream:
         """Run the graph up to FFN ``number``, or from the last FFN on."""
         with multiplying(self.dtype, self._device):
             for state in self._states:
-                for node in self._segments[number]:
+                for node in self._schedule.segments[number]:
                     self._run(node, state)
-                    for dead in self._dead_within.get(node, ()):
+                    for dead in self._schedule.dead_within.get(node, ()):
                         state.pop(dead, None)
 
     def tokens(self, number: int, values: Sequence[Tensor]) -> Tensor:
@@ -120,9 +119,12 @@ class Stream:
 
     def residual(self, number: int) -> Tensor:
         """What the present FFN's output is added to, (T, D) float32, a copy; only where the match has a residual."""
-        node = self.matches[number].residual
-        assert node is not None and number == self._position
-        return self.tokens(number, [state[node] for state in self._states]).float().clone()
+        first, *others = self.matches[number].residual
+        assert number == self._position
+        found = self.tokens(number, [state[first] for state in self._states]).float().clone()
+        for node in others:
+            found += self.tokens(number, [state[node] for state in self._states])
+        return found
 
     def feed(self, ffn: Callable[[Tensor], Tensor], outputs: Tensor | None = None) -> None:
         """Give the present FFN's output for every batch, and move on.
@@ -138,10 +140,10 @@ class Stream:
             rows = x.reshape(-1, x.shape[-1])
             with torch.no_grad():
                 value = ffn(rows) if known is None else known[start : start + len(rows)].to(x.dtype)
-                value = value.clone() if self._writes else value
+                value = value.clone() if self._schedule.writes else value
             state[match.out] = value.reshape(x.shape)
             start += len(rows)
-            for node in self._dead_behind[self._position]:
+            for node in self._schedule.dead_behind[self._position]:
                 state.pop(node, None)
         self._position += 1
 
@@ -161,14 +163,9 @@ class Stream:
         match = self.matches[self._position]
         values = self._apart({**self._inputs[index], **self._states[index], match.out: ffn_output})
         output = next(node for node in self.captured.graph_module.graph.nodes if node.op == "output")
-        needed, pending = set[fx.Node](), list(output.all_input_nodes)
-        while pending:
-            node = pending.pop()
-            if node not in needed and node not in values and node.op == "call_function":
-                needed.add(node)
-                pending += node.all_input_nodes
-        order = [node for node in self.captured.graph_module.graph.nodes if node in needed]
-        last = {source: node for node in order for source in node.all_input_nodes if source in needed}
+        order = self._schedule.rest(self._position, values)
+        computed = set(order)
+        last = {source: node for node in order for source in node.all_input_nodes if source in computed}
         kept = set(output.all_input_nodes)
         dead: dict[fx.Node, list[fx.Node]] = {}
         for source, user in last.items():
@@ -179,12 +176,12 @@ class Stream:
                 self._run(node, values)
                 for source in dead.get(node, ()):
                     del values[source]
-        found = [self._attribute(node) if node.op == "get_attr" else values[node] for node in output.all_input_nodes]
+        found = [values[node] if node in values else self._attribute(node) for node in output.all_input_nodes]
         return [value for value in found if isinstance(value, Tensor)]
 
     def _run(self, node: fx.Node, state: dict[fx.Node, Any]) -> None:
         def value(argument: fx.Node) -> Any:
-            return self._attribute(argument) if argument.op == "get_attr" else state[argument]
+            return state[argument] if argument in state else self._attribute(argument)
 
         assert node.op == "call_function" and callable(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
@@ -194,45 +191,3 @@ class Stream:
         if node not in self._attributes:
             self._attributes[node] = attribute(self.captured.graph_module, node.target)
         return self._attributes[node]
-
-
-def _segments(
-    graph: fx.Graph, matches: tuple[Match, ...], last: fx.Node | None
-) -> tuple[list[list[fx.Node]], dict[fx.Node, list[fx.Node]], list[list[fx.Node]]]:
-    """For each FFN (and for ``last``, behind them) the nodes to run before it, in order; for each node the values that nobody
-    needs once it has run; and for each FFN the values that nobody needs behind it."""
-    outputs = {match.out for match in matches}
-    done: set[fx.Node] = set()
-    segments: list[list[fx.Node]] = []
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    reads = [[match.x] if match.residual is None else [match.x, match.residual] for match in matches]
-    for targets in [*reads, *([[last]] if last is not None else [])]:
-        needed: set[fx.Node] = set()
-        pending = list(targets)
-        while pending:
-            node = pending.pop()
-            if node in needed or node in done or node in outputs or node.op != "call_function":
-                continue
-            needed.add(node)
-            pending += node.all_input_nodes
-        segments.append(sorted(needed, key=order.__getitem__))
-        done |= needed
-    last_user: dict[fx.Node, fx.Node] = {}
-    for segment in segments:
-        for node in segment:
-            last_user[node] = node
-            for source in node.all_input_nodes:
-                if source.op != "get_attr":
-                    last_user[source] = node
-    behind: list[list[fx.Node]] = [[] for _ in matches]
-    kept: set[fx.Node] = set()
-    for number, (match, read_by) in enumerate(zip(matches, reads, strict=True)):  # what an FFN reads must outlive its segment
-        for read in read_by:
-            kept.add(read)
-            if read not in last_user or order[last_user[read]] <= order[match.out]:
-                behind[number].append(read)
-    within: dict[fx.Node, list[fx.Node]] = {}
-    for node, user in last_user.items():
-        if node is not last and (node not in kept or not any(node in values for values in behind)):
-            within.setdefault(user, []).append(node)
-    return segments, within, behind

@@ -121,13 +121,17 @@ def overlaps(hidden: Tensor, member: Tensor, active: float) -> Tensor:
     for part in hidden.split(_CHUNK):
         strength = part.abs().float()
         least = strength.kthvalue(strength.shape[1] - k + 1, dim=1, keepdim=True).values
-        parts.append((strength >= least).float() @ member.float())
+        parts.append(((strength >= least) & (strength > 0)).float() @ member.float())  # a ReLU leaves many at 0
     return torch.cat(parts)
 
 
-def amplitudes(hidden: Tensor, down: Tensor, member: Tensor) -> Tensor:
-    """(T, F) activations, the down projection (D, F), (F, N) membership -> (T, N) float32, how much each expert matters."""
-    size, mean = down.float().square().sum(0), hidden.float().mean(0)
+def amplitudes(hidden: Tensor, down: Tensor, member: Tensor, mean: Tensor | None = None) -> Tensor:
+    """(T, F) activations, the down projection (D, F), (F, N) membership -> (T, N) float32, how much each expert matters.
+
+    ``mean`` (F,) of the activations is that of all T tokens unless given.
+    """
+    size = down.float().square().sum(0)
+    mean = hidden.float().mean(0) if mean is None else mean
     return torch.cat([((part.float() - mean).square_() * size @ member.float()).sqrt() for part in hidden.split(_CHUNK)])
 
 

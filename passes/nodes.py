@@ -9,7 +9,7 @@ import operator
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -270,9 +270,9 @@ def written(graph: Graph, allowed: Iterable[Node] = ()) -> frozenset[Node]:
     return frozenset(found)
 
 
-def shared_base(node: Any) -> Any:
-    """The first of the nodes whose memory a node may share."""
-    while isinstance(node, Node) and (below := _below(node)):
+def shared_base(node: Any, known: Collection[Node] = ()) -> Any:
+    """The first of the nodes whose memory a node may share, or the first ``known`` one on the way to it."""
+    while isinstance(node, Node) and node not in known and (below := _below(node)):
         node = below[0]
     return node
 

@@ -49,6 +49,8 @@ def test_overlaps_by_hand() -> None:
     hidden = torch.tensor([[4.0, -3.0, 0.1, 0.2], [0.0, 1.0, -9.0, 0.5]])
     member = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
     assert overlaps(hidden, member, 0.5).tolist() == [[2.0, 1.0], [1.0, 2.0]]
+    sparse = torch.tensor([[0.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])  # behind a ReLU: what is off does not count
+    assert overlaps(sparse, member, 0.5).tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
 def test_amplitudes_by_hand() -> None:
@@ -174,6 +176,9 @@ def test_resumed_training_is_the_same(tmp_path: Path) -> None:
     assert result["steps"] == 12 and "loss_first" in result
     with pytest.raises(InputError, match="another training"):
         distil(fresh, embed, easy(), options, seed=4, state=state)
+    taught = easy()
+    with pytest.raises(InputError, match="another training"):
+        distil(fresh, embed, Targets(taught.ids, taught.overlap.roll(1, -1)), options, seed=3, state=state)
     state.write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
         distil(fresh, embed, easy(), options, seed=3, state=state)

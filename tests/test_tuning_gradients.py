@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -103,6 +104,16 @@ def test_rms_norm_in_closed_form(kind: type[nn.Module], weight_too: bool) -> Non
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
     low = x.detach().bfloat16().requires_grad_(True)
     assert torch.equal(own(low), norm(low)) and own(low).dtype == norm(low).dtype
+
+
+def test_a_norm_with_a_gate_goes_on_to_read_it() -> None:
+    norm = BambaRMSNormGated(24)
+    x, gate = torch.randn(2, 3, 24, requires_grad=True), torch.randn(2, 3, 24)
+    own = closed_form(norm)
+    assert own is not None
+    torch.testing.assert_close(own(x, gate), norm(x, gate))
+    torch.testing.assert_close(own(x, gate=gate), norm(x, gate))
+    torch.testing.assert_close(own(x), norm(x))
 
 
 class _Another(nn.Module):

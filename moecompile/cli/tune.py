@@ -183,14 +183,14 @@ def _tune(
     dense = load_dense(source, dtype=_dtype(moe), trust_remote_code=options.trust_remote_code).to(device)  # type: ignore[arg-type]
     check_positions(moe, options.window, "--window")
     check_tokens(moe, batches.rows)
-    saved = share_tensors(moe, dense, config)
+    saved = share_tensors(moe, dense, config, _stages(record))
     progress.say(f"dense and converted model share {saved / 1e6:.0f} MB")
     folder = target.resolve()
     folder = folder.with_name(f".{folder.name}.tuning")
     if options.restart and world()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
     barrier()
-    facts = {"data": fingerprint(batches.rows[batches.order]), "model": _model_mark(moe)}
+    facts = {"data": fingerprint(batches.rows[batches.order])}
     rows = held.to(device)
     before = _before(folder, moe, dense, rows, progress)
     try:
@@ -237,10 +237,9 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
-def _model_mark(moe: nn.Module) -> str:
-    """A short mark of the weights that the run starts from."""
-    total = sum(float(parameter.detach().double().sum()) for parameter in moe.parameters())
-    return f"{total:.9e}"
+def _stages(record: dict[str, Any]) -> set[str]:
+    """What earlier runs have trained."""
+    return {stage for run in record.get("tuning", ()) for stage in run.get("stages", ())}
 
 
 def _before(folder: Path, moe: nn.Module, dense: nn.Module, rows: Tensor, progress: Progress) -> dict[str, float]:

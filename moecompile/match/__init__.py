@@ -37,14 +37,14 @@ class Match:
         x: the node that the FFN reads.
         out: the node that is its output; the rewrite replaces its uses.
         region: the nodes between the two, which are dead after the rewrite.
-        residual: the node that the output is added to, where there is one that does not depend on it.
+        residual: the nodes that the output is added to, where they depend neither on it nor on an FFN behind it.
     """
 
     site: FFNSite
     x: fx.Node
     out: fx.Node
     region: frozenset[fx.Node]
-    residual: fx.Node | None = None
+    residual: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def match(captured: Captured) -> Matched:
             stacks = [N.module_paths(node) for node in (down.node, *state.linears)]
             name = common_module(stacks) or (N.module_paths(down.node) or [down.node.name])[-1]
             skipped.append(Skipped(name, block.node.name, block.reason))
-    return Matched(_with_unique_names(found), tuple(skipped))
+    return Matched(_with_unique_names(_with_known_residuals(found)), tuple(skipped))
 
 
 # ---- which linear layers are candidates ------------------------------------------------------------------------------
@@ -275,31 +275,42 @@ def _views_of(down: N.LinearNode, before: set[fx.Node]) -> set[fx.Node]:
     return views
 
 
-def _residual(out: fx.Node) -> fx.Node | None:
-    """What the FFN's output is added to: the other operand of the sum that follows it, if it comes from elsewhere."""
-    node = out
+def _residual(out: fx.Node) -> tuple[fx.Node, ...]:
+    """What the FFN's output is added to: the other operands of the sums that follow it. GPT-NeoX adds attention's output first,
+    then the stream that both read."""
+    node, others = out, list[fx.Node]()
     while True:
         users = [user for user in node.users if user.target not in N.ASSERTS]
         if len(users) != 1:
-            return None
-        if not N.passes_on(users[0]):
             break
-        node = users[0]
-    add = users[0]
-    if add.target not in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) or add.kwargs.get("alpha", 1) != 1:
-        return None
-    others = [source for source in add.args[:2] if source is not node]
-    if len(others) != 1 or not isinstance(others[0], fx.Node) or not N.same_shape(others[0], out):
-        return None
-    pending, seen = [others[0]], set()
-    while pending:
-        source = pending.pop()
-        if source is out:
-            return None
-        if source not in seen:
-            seen.add(source)
-            pending += source.all_input_nodes
-    return others[0]
+        (user,) = users
+        if N.passes_on(user):
+            node = user
+            continue
+        if user.target not in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) or user.kwargs.get("alpha", 1) != 1:
+            break
+        terms = [source for source in user.args[:2] if source is not node]
+        if len(terms) != 1 or not isinstance(terms[0], fx.Node) or not N.same_shape(terms[0], out):
+            break
+        node = user
+        others.append(terms[0])
+    return tuple(others)
+
+
+def _with_known_residuals(found: list[Match]) -> list[Match]:
+    """Residuals only where they do not depend on the FFN, or on one behind it."""
+    behind = {match.out for match in found}
+    kept = []
+    for match in found:
+        pending, seen = list(match.residual), set[fx.Node]()
+        while pending:
+            source = pending.pop()
+            if source not in seen:
+                seen.add(source)
+                pending += source.all_input_nodes
+        kept.append(match if behind.isdisjoint(seen) else replace(match, residual=()))
+        behind.discard(match.out)
+    return kept
 
 
 def _check_users(region: set[fx.Node], own: set[fx.Node]) -> None:

@@ -109,7 +109,7 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
             y = in_chunks(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), x_dense, ffn.site.hidden_size, ffn.up.dtype)  # type: ignore[misc]
         del x_dense
         target = y
-        if recipe.drift and match.residual is not None:
+        if recipe.drift and match.residual:
             drift = dense_stream.residual(number).sub_(moe_stream.residual(number))
             target = y + clipped(recipe.drift * drift, y)
             del drift

@@ -250,7 +250,7 @@ def _compensated(
         y = in_chunks(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), x_dense, match.site.hidden_size, ffn.up.dtype)  # type: ignore[misc]
         hidden = in_chunks(ffn.hidden, x, match.site.intermediate_size, ffn.up.dtype)
         target = y
-        if match.residual is not None:
+        if match.residual:
             drift = dense_stream.residual(number).sub_(moe_stream.residual(number))
             target = y + clipped(_DRIFT * drift, y)
         ids = chosen[:, number] if recipe.disjoint else chosen

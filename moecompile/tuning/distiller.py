@@ -22,8 +22,9 @@ from ..front import front_of
 from ..precision import multiplying
 from .config import TuneConfig
 from .loss import head_loss, relative_error
+from .parallel import mean
 from .student import Inside
-from .teacher import Teacher, head_of, hidden_states, unpadded
+from .teacher import Teacher, head_of, hidden_states, real_tokens, unpadded
 
 PARTS = ("loss", "kl", "label", "layers", "router")
 
@@ -73,8 +74,8 @@ class Distiller(nn.Module):
         main, label = head_loss(rows, head_of(self.student, self.dtype), targets.ids, targets.logp, labels, weight)
         kl = main.detach() - weight * label
         zero = kl.new_zeros(())
-        mask = inputs.get("attention_mask")
-        real = slice(None) if mask is None else mask.bool().flatten()
+        mask = real_tokens(inputs)
+        real = slice(None) if mask is None else mask
         layers = [
             relative_error(own.flatten(0, -2)[real], targets.layers[path][real])
             for path, own in self._inside.layers.items()
@@ -92,7 +93,7 @@ class Distiller(nn.Module):
         self._inside.clear()
         weight = self.config.oracle_weight if targets.front is None else self.config.front_weight
         loss = main + self.config.layer_weight * layer + weight * router
-        return torch.stack([loss, kl, label, layer.detach(), router.detach()])
+        return torch.stack([loss, kl, label, layer.detach(), router.detach()]) * _share(mask)
 
     def _front_alone(self, inputs: Mapping[str, Tensor]) -> Tensor:
         front = front_of(self.student)
@@ -104,7 +105,7 @@ class Distiller(nn.Module):
         real = slice(None) if mask is None else mask.bool().flatten()
         loss = front_loss(scores[real], wanted[real], max(self._top_k.values()))
         zero = loss.new_zeros(())
-        return torch.stack([loss, zero, zero, zero, loss.detach()])
+        return torch.stack([loss, zero, zero, zero, loss.detach()]) * _share(real_tokens(inputs))
 
 
 def front_loss(scores: Tensor, targets: Tensor, top_k: int) -> Tensor:
@@ -113,6 +114,14 @@ def front_loss(scores: Tensor, targets: Tensor, top_k: int) -> Tensor:
     mean, scale = statistics(targets[None])
     wanted = probabilities(targets, options, mean.to(targets.device), scale)
     return loss_of(scores, wanted, options)
+
+
+def _share(real: Tensor | None) -> Tensor | float:
+    """This process's real tokens over the mean of all processes: gradients are averaged, each process's loss is a mean."""
+    if real is None:
+        return 1.0
+    own = real.sum().float()
+    return own / mean(own.clone())
 
 
 def next_words(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -78,7 +79,7 @@ def tune(
         config: the settings.
         steps: how many; by default one for each batch.
         folder: where checkpoints are kept; one that is there already, with the same settings, is gone on from.
-        facts: JSON-ready facts about the data that a resumption must share.
+        facts: JSON-ready facts about the data that a resumption must share, as it must the weights that the run began with.
         progress: a bar with loss, tokens/s and time left; silent by default.
         on_step: called with the number of steps done and the newest row of the curve.
 
@@ -98,15 +99,17 @@ def tune(
     if steps < 2 * config.rounds:
         raise InputError(f"--rounds is {config.rounds}, but there are {steps} steps: a round takes two at least")
     device = next(moe.parameters()).device
-    check_head(moe, _inputs(batches[0], device))
-    check_head(dense, _inputs(batches[0], device))
-    settings = json.loads(json.dumps({"config": config.to_dict(), "steps": steps, **(facts or {})}))
+    _check_routers(moe, config)
+    settings = json.loads(json.dumps({"config": config.to_dict(), "steps": steps, "model": _mark(moe), **(facts or {})}))
     states = [(parameter, parameter.requires_grad, parameter.dtype) for parameter in moe.parameters()]
     frozen = [(parameter, parameter.requires_grad) for parameter in dense.parameters()]
+    narrow: list[tuple[Tensor, torch.dtype]] = []
     with evaluating(moe, dense):
-        chosen = choose_parameters(moe, config)
-        narrow = _widened(moe, dense) if config.dtype(device) == torch.float32 else []
+        check_head(moe, _inputs(batches[0], device))
+        check_head(dense, _inputs(batches[0], device))
         try:
+            chosen = choose_parameters(moe, config)
+            narrow = _widened(moe, dense) if config.dtype(device) == torch.float32 else []
             run = _Run(moe, dense, chosen, config, device)
             result = run.train(batches, steps, settings, Path(folder) if folder is not None else None, progress, on_step)
         finally:
@@ -119,6 +122,26 @@ def tune(
             for parameter, wanted in frozen:
                 parameter.requires_grad_(wanted)
     return result
+
+
+def _check_routers(moe: nn.Module, config: TuneConfig) -> None:
+    """Refuse routers that are to learn and get no gradient.
+
+    Raises:
+        InputError: the settings leave them none.
+    """
+    if "router" not in config.stages:
+        return
+    if front_of(moe) is not None:
+        if not config.front_weight and not config.front_straight_through:
+            raise InputError("--stage router: --front-weight is 0, so that nothing would teach the router at the front")
+    elif not config.straight_through and not config.oracle_weight:
+        raise InputError("--stage router: with --no-straight-through and no --oracle-weight nothing would teach the routers")
+
+
+def _mark(moe: nn.Module) -> str:
+    """A short mark of the weights that a run starts from, by which a resumption knows them."""
+    return f"{sum(float(parameter.detach().double().sum()) for parameter in moe.parameters()):.9e}"
 
 
 def _widened(*models: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
@@ -155,26 +178,29 @@ class _Run:
         self.student = student
         self.inside = Inside()
         blocks = moe_blocks(student)
-        self.undo = ready_for_training(student, config, self.inside)
+        if any(block.neuron is not None for block in blocks.values()) and count > 1:
+            raise InputError("experts that overlap are tuned by one process: a neuron's copies may lie on several")
+        self.main = rank == 0
+        self.tied = any(block.neuron is not None for block in blocks.values())
         plan = moe.moecompile_plan  # type: ignore[union-attr]
         self.front = front_of(student) is not None
         oracle = config.oracle_weight > 0
         if self.front:  # in rounds its targets are asked for when it is its turn
             oracle = "router" in config.stages and config.front_weight > 0 and not config.rounds
-        self.teacher = Teacher(teacher_model, plan, config.top_logits, config.layer_weight > 0, oracle)  # type: ignore[arg-type]
         top_k = {path: block.top_k for path, block in blocks.items()}
         dtype = config.dtype(device)
-        self.undo_attention = use_blocks(student, teacher_model)
-        self.distiller = Distiller(student, self.teacher, self.inside, top_k, config, dtype)
-        if count > 1:
-            shard(self.distiller, student, teacher_model, list(dict.fromkeys(map(layer_path, blocks))), device)
-        groups = parameter_groups(student, chosen, config)
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=count == 1)
-        self.main = rank == 0
-        self.tied = any(block.neuron is not None for block in blocks.values())
-        if self.tied and count > 1:
-            raise InputError("experts that overlap are tuned by one process: a neuron's copies may lie on several")
+        with contextlib.ExitStack() as undo:
+            undo.callback(ready_for_training(student, config, self.inside))
+            self.teacher = Teacher(teacher_model, plan, config.top_logits, config.layer_weight > 0, oracle)  # type: ignore[arg-type]
+            undo.callback(self.teacher.close)
+            undo.callback(use_blocks(student, teacher_model))
+            self.distiller = Distiller(student, self.teacher, self.inside, top_k, config, dtype)
+            if count > 1:
+                shard(self.distiller, student, teacher_model, list(dict.fromkeys(map(layer_path, blocks))), device)
+            groups = parameter_groups(student, chosen, config)
+            self.parameters = [parameter for group in groups for parameter in group["params"]]
+            self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=count == 1)
+            self._undo = undo.pop_all()
 
     def train(
         self,
@@ -199,7 +225,7 @@ class _Run:
             with progress.bar("tuning", steps, first) as bar:
                 for step in range(first, steps):
                     inputs = _inputs(batches[step % len(batches)], self.device)
-                    tokens += inputs["input_ids"].numel()
+                    tokens += int(inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel())
                     row = self._step(inputs, step, steps)
                     curve.append({"step": step + 1, "tokens": tokens, **row})
                     seconds = time.perf_counter() - start
@@ -213,9 +239,7 @@ class _Run:
             seconds = time.perf_counter() - start
             self._return()
         finally:
-            self.undo()
-            self.undo_attention()
-            self.teacher.close()
+            self._undo.close()
         size = sum(parameter.numel() for parameter in self.parameters)
         rate = (tokens - already) / seconds if first < steps else 0.0
         return Tuning(steps, tokens, round(before + seconds, 3), round(rate, 2), size, curve, first)

@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 @torch.no_grad()
-def closed_form(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def closed_form(module: nn.Module) -> Callable[..., Tensor] | None:
     """What computes an RMSNorm with the gradient above; None for a module that is none, which is found by trying it.
 
     The module's own code goes on to compute whatever is not float32.
@@ -65,7 +65,7 @@ def closed_form(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def _normalise(module: nn.Module, offset: float, eps: float, x: Tensor) -> Tensor:
-    if x.dtype != torch.float32 or not torch.is_grad_enabled():
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
+def _normalise(module: nn.Module, offset: float, eps: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if x.dtype != torch.float32 or not torch.is_grad_enabled() or args or kwargs:  # a gate, as Mamba's norms take
+        return type(module).forward(module, x, *args, **kwargs)  # type: ignore[no-any-return]
     return _RMSNorm.apply(x, module.weight, offset, eps)  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ One forward pass without gradients for each batch gives all three. Tensors that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,10 +83,16 @@ def check_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         raise InputError(f"the logits of {type(model).__name__} are not its head's product alone; it cannot be tuned")
 
 
-def share_tensors(student: nn.Module, dense: nn.Module, config: TuneConfig | None = None) -> int:
+def share_tensors(student: nn.Module, dense: nn.Module, config: TuneConfig | None = None, tuned: Collection[str] = ()) -> int:
     """Let the dense model's parameters use the student's memory wherever both are equal and ``config`` does not train them.
 
     The two models then stay tied: a later change of one is seen in the other.
+
+    Args:
+        student: the converted model.
+        dense: the dense one.
+        config: what is going to be trained.
+        tuned: the stages that earlier runs have trained: those parameters may differ.
 
     Returns:
         Bytes that are no longer held twice.
@@ -95,17 +101,21 @@ def share_tensors(student: nn.Module, dense: nn.Module, config: TuneConfig | Non
         InputError: most of them differ, so the two do not belong together.
     """
     trained = {id(parameter) for block in moe_blocks(student).values() for parameter in block.parameters()}
+    differ: set[int] = set()
     for stage, parameters in (("norms", norm_parameters), ("attention", attention_parameters)):
         if config is not None and stage in config.stages:
             trained |= {id(parameter) for _, parameter in parameters(student)}
+        if stage in tuned:
+            differ |= {id(parameter) for _, parameter in parameters(student)}
     own = {name: one for name, one in student.named_parameters(remove_duplicate=False) if id(one) not in trained}
-    saved, seen, compared = 0, set(), {}
+    saved, seen, compared, done = 0, set(), {}, set()
     for name, parameter in dense.named_parameters(remove_duplicate=False):
         twin = own.get(name)
-        if twin is None or twin.shape != parameter.shape:
+        if twin is None or twin.shape != parameter.shape or id(parameter) in done:
             continue
+        done.add(id(parameter))
         before = parameter.data_ptr()
-        compared[before] = parameter.numel()
+        compared[before] = 0 if id(twin) in differ else parameter.numel()
         if twin.data_ptr() != before and not torch.equal(twin.to(parameter), parameter):
             continue
         if before not in seen and twin.data_ptr() != before and twin.dtype == parameter.dtype:
@@ -115,7 +125,8 @@ def share_tensors(student: nn.Module, dense: nn.Module, config: TuneConfig | Non
             parameter.data = twin.data
             seen.add(parameter.data_ptr())
             compared.setdefault(parameter.data_ptr(), 0)
-    if sum(compared[pointer] for pointer in seen) * 2 <= sum(compared.values()):
+    total = sum(compared.values())
+    if total and sum(compared[pointer] for pointer in seen) * 2 <= total:
         raise InputError("the dense model is not the one that this model was converted from: most of their weights differ")
     return saved
 
@@ -138,6 +149,7 @@ class Teacher(nn.Module):
         self._inside = Inside()
         self._amplitudes: dict[str, Tensor] = {}
         self._front: list[Tensor] = []
+        self._real: Tensor | None = None  # (T,) bool: what is not padding
         self._oracle = self._counting = oracle
         self._aligned = plan.pregate is not None and plan.pregate.groups == 1
         self._hooks: list[Any] = []
@@ -166,7 +178,7 @@ class Teacher(nn.Module):
                 else:
                     weight: Tensor = module.weight  # type: ignore[assignment]
                     down = weight.t() if site.site.down.transposed else weight  # [D, F]
-                    self._front.append(amplitudes(h, down, member.to(h.device)))
+                    self._front.append(amplitudes(h, down, member.to(h.device), self._mean(h.float())))
 
         self._watch_down(site, measure)
 
@@ -183,11 +195,16 @@ class Teacher(nn.Module):
             h = inputs[0].reshape(-1, inputs[0].shape[-1]).float()  # [T, F]
             weight: Tensor = module.weight  # type: ignore[assignment]
             size = weight.float().square().sum(1 if site.site.down.transposed else 0)  # [F]
-            energy = (h - mean(h.mean(0))).square_().mul_(size)
+            energy = (h - self._mean(h)).square_().mul_(size)
             sums = h.new_zeros(len(h), len(site.experts) + 1).index_add_(1, owner.to(h.device), energy)
             self._amplitudes[path] = sums[:, :-1].sqrt()
 
         self._watch_down(site, measure)
+
+    def _mean(self, h: Tensor) -> Tensor:
+        """(F,) mean of activations (T, F) over what is not padding, of all processes."""
+        rows = h if self._real is None else h[self._real]
+        return mean(rows.sum(0)) / mean(h.new_tensor(max(len(rows), 1)))
 
     def close(self) -> None:
         """Leave the dense model as it was."""
@@ -198,6 +215,7 @@ class Teacher(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor], dtype: torch.dtype, positions: slice = slice(None)) -> Targets:
         """The targets of a batch; the distribution only at some of the positions that are not padding."""
         self._amplitudes, self._front = {}, []
+        self._real = real_tokens(inputs)
         with self._inside.collecting():
             hidden = hidden_states(self.dense, inputs)
         rows = unpadded(hidden, inputs)[positions]
@@ -211,6 +229,7 @@ class Teacher(nn.Module):
     def front(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The targets of a router at the front alone, without the head."""
         self._front, self._counting = [], True
+        self._real = real_tokens(inputs)
         hidden_states(self.dense, inputs)
         self._counting = self._oracle
         found = self._front_targets()
@@ -224,7 +243,13 @@ class Teacher(nn.Module):
         return torch.stack(parts).sum(0) if self._aligned else torch.stack(parts, dim=1)
 
 
+def real_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+    """(T,) bool, the tokens of a batch that are not padding; None where there is none."""
+    mask = inputs.get("attention_mask")
+    return None if mask is None else mask.bool().flatten()
+
+
 def unpadded(hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """(B, L, D) -> (T, D) without padding."""
-    mask = inputs.get("attention_mask")
-    return hidden.flatten(0, -2) if mask is None else hidden[mask.bool()]
+    real = real_tokens(inputs)
+    return hidden.flatten(0, -2) if real is None else hidden.flatten(0, -2)[real]

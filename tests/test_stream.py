@@ -1,0 +1,111 @@
+"""Streams over models that write in place: every FFN's input, and the outputs behind it, are those of the model itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import moecompile
+from moecompile.conversion import capture_inputs, find_ffns
+from moecompile.recipes import Calibrated
+from moecompile.sites import DenseFFN
+from moecompile.stream import Stream
+
+VOCABULARY = 99
+
+
+class _FFN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))  # type: ignore[no-any-return]
+
+
+class _Shifting(nn.Module):
+    """A token shift, as in RWKV: written into new memory, whose views nobody reads. A buffer takes notes, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm, self.ffn = nn.Linear(32, 32), nn.LayerNorm(32), _FFN()
+        self.register_buffer("last", torch.zeros(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.zeros_like(x)
+        before[:, 1:] = x[:, :-1]
+        before[:, 0] = self.last
+        x = x + self.mix(before)
+        x += self.ffn(self.norm(x))
+        before *= 0.5
+        return x + before  # type: ignore[no-any-return]
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY)
+        self.layers = nn.ModuleList(_Shifting() for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def _latent_attention() -> nn.Module:
+    """Keys and queries are put together by slices of new memory."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+@pytest.fixture(params=[_Model, _latent_attention])
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+def _batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(3, VOCABULARY, (2, 12), generator=generator)} for _ in range(3)]
+
+
+@torch.no_grad()
+def test_inputs_and_outputs_are_the_models(model: Any) -> None:
+    batches, seen = _batches(), list[Tensor]()
+    names = [name for name, _ in model.named_modules() if name.endswith(("ffn", "mlp"))]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, given: seen.append(given[0])) for name in names]
+    logits = [getattr(found, "logits", found) for found in (model(**batch) for batch in batches)]
+    for hook in hooks:
+        hook.remove()
+    captured, matched = find_ffns(model, capture_inputs(model, None, batches))
+    assert len(matched.matches) == len(names)
+    stream = Stream(captured, matched.matches, batches)
+    for number, (match, inputs) in enumerate(stream):
+        dense = DenseFFN.read(match.site, captured.module)
+        for index, x in enumerate(inputs):
+            torch.testing.assert_close(x, seen[index * len(names) + number])
+            put_out = dense.output(dense.hidden(x))
+            (found,) = (t for t in stream.outputs(index, put_out) if t.shape[-1:] == (VOCABULARY,))
+            torch.testing.assert_close(found, logits[index])
+            changed = stream.outputs(index, put_out * 2)
+            assert not any(t.shape == found.shape and torch.allclose(t, found, atol=1e-3) for t in changed)
+        stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
+
+
+def test_they_are_converted(model: Any) -> None:
+    recipe = Calibrated(experts=6, shared=2, top_k=6, precision="float32")
+    moe = moecompile.convert(model, recipe, _batches())
+    (batch, *_) = _batches()
+    with torch.no_grad():
+        found, expected = (getattr(out, "logits", out) for out in (moe(**batch), model(**batch)))
+    torch.testing.assert_close(found, expected)
