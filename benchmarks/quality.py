@@ -104,14 +104,15 @@ def texts(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]
     for part in ("calibration", "held"):
         (folder / part).mkdir()
     for path in map(Path, options.domains):
-        if (folder / "held" / path.name).exists() or path.stem in corpora:
+        name = f"{path.stem}.txt"  # a .jsonl has become text by now
+        if (folder / "held" / name).exists() or path.stem in corpora:
             raise SystemExit(f"two texts are called {path.stem}; each needs a name of its own")
         whole = read_text(path)
         cut = whole.rfind("\n", 0, len(whole) * 9 // 10) + 1 or len(whole) * 9 // 10
-        (folder / "calibration" / path.name).write_text(whole[:cut], encoding="utf-8")
-        (folder / "held" / path.name).write_text(whole[cut:], encoding="utf-8")
+        (folder / "calibration" / name).write_text(whole[:cut], encoding="utf-8")
+        (folder / "held" / name).write_text(whole[cut:], encoding="utf-8")
         if options.held_windows:
-            corpora[path.stem] = {"path": str(folder / "held" / path.name), "windows": options.held_windows}
+            corpora[path.stem] = {"path": str(folder / "held" / name), "windows": options.held_windows}
     return corpora
 
 
@@ -143,7 +144,7 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
         "window": options.window,
         "lambada": options.lambada,
         "examples": options.examples,
-        "calibration": [str(folder / "calibration" / Path(path).name) for path in options.domains],
+        "calibration": [str(folder / "calibration" / f"{Path(path).stem}.txt") for path in options.domains],
         "calibration_tokens": options.calibration_tokens,
         "calibration_window": options.calibration_window,
         "calibration_weights": options.calibration_weights,

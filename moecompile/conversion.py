@@ -256,7 +256,8 @@ def convert_with_record(
     the_plan = the_plan.with_exact(keep_exact)
     clock.mark("plan")
     samples = list(held_out or data.batches[:1]) or [captured.kwargs or captured.args]
-    costs = dense_costs(model, matched.sites)
+    converted = () if earlier is None else tuple(planned.site for planned in earlier.sites)
+    costs = dense_costs(model, matched.sites, converted)
     trial = _assemble(model, captured, matched, the_plan.split_only(), form, inplace=False)
     error, allowed = check_parity(trial, model, samples)
     progress.say(f"parity: all experts on, max abs error {error:.2e} (allowed {allowed:.0e})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,16 +19,45 @@ from .sites import FFNSite
 _ROUTER_FLOPS = 2  # a multiply and an add per router weight
 
 
-def dense_costs(model: nn.Module, sites: Sequence[FFNSite]) -> dict[str, int]:
-    """Of a dense model: parameters, FFN parameters, FLOPs per token of the FFNs, bytes; tied parameters count once."""
-    parameters = list(model.parameters())
-    ffn = sum(_dense_spec(site).matrices * site.hidden_size * site.intermediate_size for site in sites)
+def dense_costs(model: nn.Module, sites: Sequence[FFNSite], converted: Sequence[FFNSite] = ()) -> dict[str, int]:
+    """Of a dense model: parameters, FFN parameters, FLOPs per token of the FFNs, bytes; tied parameters count once.
+
+    Args:
+        model: the dense model, or one of which some FFNs are MoE blocks already.
+        sites: its dense FFNs.
+        converted: what the blocks were made of; counted as the FFNs that they were.
+    """
+    blocks = {id(p) for module in model.modules() if isinstance(module, MoEFFN) for p in module.parameters()}
+    parameters = [p for p in model.parameters() if id(p) not in blocks]
+    size = next(iter(model.parameters())).element_size()
+    before = sum(_site_parameters(site) for site in converted)
+    everything = [*sites, *converted]
     return {
-        "parameters": sum(p.numel() for p in parameters),
-        "ffn_parameters": ffn,
-        "flops_per_token": sum(_dense_spec(site).flops(1) for site in sites),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "parameters": sum(p.numel() for p in parameters) + before,
+        "ffn_parameters": sum(_matrices(site) for site in everything),
+        "flops_per_token": sum(_dense_spec(site).flops(1) for site in everything),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters) + before * size,
     }
+
+
+def as_stored(costs: Mapping[str, Any], model: nn.Module, before: torch.dtype) -> dict[str, Any]:
+    """The costs of a conversion whose weights were cast for the disk, from type ``before``."""
+    parameters = list(model.parameters())
+    size = next(p.element_size() for p in parameters if p.is_floating_point())
+    return {
+        **costs,
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "bytes_dense": costs["bytes_dense"] * size // before.itemsize,
+    }
+
+
+def _matrices(site: FFNSite) -> int:
+    return _dense_spec(site).matrices * site.hidden_size * site.intermediate_size
+
+
+def _site_parameters(site: FFNSite) -> int:
+    sizes = [(p, site.hidden_size if p is site.down else site.intermediate_size) for p in site.projections]
+    return _matrices(site) + sum(size for p, size in sizes if p.bias is not None)
 
 
 def _dense_spec(site: FFNSite) -> ExpertKernelSpec:

@@ -44,21 +44,25 @@ def layer_rows(
         if block is not None:
             x = stream.tokens(number, inputs)
             target = dense.output(dense.hidden(x))
-            scale = float(target.norm()) or 1.0
+            scale = float(target.float().norm()) or 1.0
             with evaluating(block):
-                row: dict[str, Any] = {"site": match.site.name, "top_k": float((block(x) - target).norm()) / scale}
+                row: dict[str, Any] = {"site": match.site.name, "top_k": _distance(block(x), target) / scale}
                 with all_experts_on(block):
-                    row["all"] = float((block(x) - target).norm()) / scale
+                    row["all"] = _distance(block(x), target) / scale
                 row["usage"] = _usage(block, x)
             bare = bare_block_of(number, match) if bare_block_of else None
             if bare is not None:
                 with evaluating(bare):
                     routed = bare(x)
-                    row["uncompensated"] = float((routed - target).norm()) / scale
-                    row["routed"] = float((routed - _masked(dense, bare, x)).norm()) / scale
+                    row["uncompensated"] = _distance(routed, target) / scale
+                    row["routed"] = _distance(routed, _masked(dense, bare, x)) / scale
             rows.append(row)
         stream.feed(lambda value, dense=dense: dense.output(dense.hidden(value)))  # type: ignore[misc]
     return rows
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.float() - other.float()).norm())  # the norm of a whole text is beyond float16
 
 
 def _masked(dense: DenseFFN, block: MoEFFN, x: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .apply import moe_blocks
 from .errors import InputError
-from .hub import check_positions
+from .hub import check_positions, check_tokens
 from .parity import evaluating
 from .progress import Progress
+from .text import start_of
 
 _LOOK = 8  # tokens on which it is seen whether a model is causal
 
@@ -58,12 +59,11 @@ def perplexity(
             raise InputError(f"{option} is {value}; with windows of {length} it can be 0 to {length - 2}")
     if dense_prefix and skip:
         raise InputError("--dense-prefix and --skip both leave the first tokens out of the score; give one of them")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise InputError(f"{type(model).__name__} has an encoder; perplexity needs a causal language model")
+    _refuse_encoder(model, "perplexity")
     device = next(model.parameters()).device
     total, scored, start = 0.0, 0, time.perf_counter()
     with evaluating(model):
-        _check_causal(model, rows[:1, :_LOOK].to(device))
+        _check_causal(model, rows[:1, :_LOOK].to(device), "perplexity")
         for row in (progress or Progress()).over(rows, "perplexity", len(rows)):
             ids = row.unsqueeze(0).to(device)
             logits = (
@@ -91,7 +91,12 @@ def _logits(model: nn.Module, **inputs: Any) -> Tensor:
     return outputs.logits
 
 
-def _check_causal(model: nn.Module, ids: Tensor) -> None:
+def _refuse_encoder(model: nn.Module, task: str) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(f"{type(model).__name__} has an encoder; {task} needs a causal language model")
+
+
+def _check_causal(model: nn.Module, ids: Tensor, task: str) -> None:
     """Refuse a model whose logits for a word change with the word: ids (1, L)."""
     other = ids.clone()
     other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, -1] - 1, ids[:, 0]).abs()
@@ -99,7 +104,7 @@ def _check_causal(model: nn.Module, ids: Tensor) -> None:
     narrow = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)  # experts may be summed in another order
     if float((one - two).abs().max()) > (0.1 if narrow else 1e-4) * float(one.abs().max()):
         name = type(model).__name__
-        raise InputError(f"{name} sees the words that it is to predict; perplexity needs a causal language model")
+        raise InputError(f"{name} sees the words that it is to predict; {task} needs a causal language model")
 
 
 def _logits_after_prefix(model: nn.Module, ids: Tensor, prefix: int) -> Tensor:
@@ -129,8 +134,11 @@ def lambada(
         ``accuracy, examples, perplexity`` (of the last word, per word), ``seconds``.
 
     Raises:
-        InputError: a passage has a single word, or more tokens than the model has positions.
+        InputError: a passage has a single word, more tokens than the model has positions or some that it does not know; the
+            model is no causal language model.
     """
+    _refuse_encoder(model, "lambada")
+    start_tokens = start_of(tokenizer)
     examples = []
     for number, passage in enumerate(passages, 1):
         context, space, word = passage.rstrip().rpartition(" ")
@@ -141,13 +149,16 @@ def lambada(
         target = whole[len(before) :]
         if not target or whole[: len(before)] != before:  # the word's first token reaches into the context
             target = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-        check_positions(model, len(before + target), f"passage {number}")
-        examples.append((before + target, len(target)))
+        tokens = [*start_tokens, *before, *target]
+        check_positions(model, len(tokens), f"passage {number}")
+        check_tokens(model, torch.tensor(tokens))
+        examples.append((tokens, len(target)))
     order = sorted(range(len(examples)), key=lambda index: len(examples[index][0]))
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
     device = next(model.parameters()).device
     right, loss, start = 0, 0.0, time.perf_counter()
     with evaluating(model):
+        _check_causal(model, torch.tensor(examples[order[-1]][0][:_LOOK])[None].to(device), "lambada")
         for group in (progress or Progress()).over(groups, "lambada", len(groups)):
             longest = max(len(examples[index][0]) for index in group)
             ids = torch.zeros(len(group), longest, dtype=torch.long)

@@ -59,10 +59,15 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise InputError("the prompt is empty")
-    check_positions(model, inputs["input_ids"].shape[1] + max_new_tokens, "the prompt with --max-new-tokens")
+    encoded = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    if encoded:  # the prompt is read by the encoder; what is generated begins with a token of the decoder's own
+        check_positions(model, inputs["input_ids"].shape[1], "the prompt")
+        check_positions(model, 1 + max_new_tokens, "--max-new-tokens")
+    else:
+        check_positions(model, inputs["input_ids"].shape[1] + max_new_tokens, "the prompt with --max-new-tokens")
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}  # by default transformers has 50
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start = time.perf_counter()
@@ -75,7 +80,7 @@ def generate(
         **options,
     )
     seconds = time.perf_counter() - start
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output[0, 1 if encoded else inputs["input_ids"].shape[1] :]
     return {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "prompt_tokens": int(inputs["input_ids"].shape[1]),

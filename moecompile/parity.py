@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,10 +97,11 @@ def check_routing(layers: Sequence[dict[str, Any]], dtype: torch.dtype) -> float
     Raises:
         ParityError: it is beyond 64 epsilons of the type.
     """
-    worst = max((float(row.get("routed", 0.0)) for row in layers), default=0.0)
+    errors = [float(row.get("routed", 0.0)) for row in layers]
+    worst = max((error if math.isfinite(error) else math.inf for error in errors), default=0.0)
     allowed = 64 * torch.finfo(dtype).eps
     if not worst <= allowed:
-        site = max(layers, key=lambda row: float(row.get("routed", 0.0)))["site"]
+        site = next(row["site"] for row, error in zip(layers, errors, strict=True) if not error < worst)
         raise ParityError(
             f"{site}: the chosen experts differ from the same neurons of the dense FFN by {worst:.1e} (relative); "
             f"{allowed:.1e} is allowed: not converted"
@@ -113,7 +115,7 @@ def check_parity(split: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> 
     Raises:
         ParityError: the error is beyond the tolerance.
     """
-    with all_experts_on(split):
+    with all_experts_on(split), all_experts_on(dense):  # some of its layers may be converted already
         error, allowed = max_abs_error(split, dense, batches)
     if not error <= allowed:
         raise ParityError(

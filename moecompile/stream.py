@@ -113,8 +113,8 @@ class Stream:
     def rows(self, index: int, value: Tensor) -> Tensor:
         """A value (..., D) of batch ``index`` as (T, D), padding left out."""
         mask = self._keep[index]
-        if mask is not None and value.shape[:-1] == mask.shape:
-            return value[mask.to(value.device)]
+        if mask is not None and value.shape[:-1] in (mask.shape, mask.flatten().shape):  # OPT's FFNs read (B S, D)
+            return value[mask.to(value.device).view(value.shape[:-1])]
         return value.reshape(-1, value.shape[-1])
 
     def residual(self, number: int) -> Tensor:

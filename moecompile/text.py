@@ -71,15 +71,24 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def windows(ids: Sequence[int], length: int, most: int | None = None) -> Tensor:
-    """(W, length) int64: windows without overlap; a rest shorter than a window is left out."""
-    count = len(ids) // length
+def start_of(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text, if that is its token for the beginning: models that were trained with one,
+    such as Llama and Gemma, need it in every window."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def windows(ids: Sequence[int], length: int, most: int | None = None, start: Sequence[int] = ()) -> Tensor:
+    """(W, length) int64: windows without overlap, each behind the tokens ``start``; a rest shorter than one is left out."""
+    own = length - len(start)
+    count = len(ids) // own
     count = count if most is None else min(count, most)
-    return torch.tensor(ids[: count * length], dtype=torch.long).reshape(count, length)
+    rows = torch.tensor(ids[: count * own], dtype=torch.long).reshape(count, own)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(count, -1), rows], 1) if start else rows
 
 
 def evaluation_windows(tokenizer: Any, paths: Iterable[str | Path], length: int, most: int | None) -> Tensor:
-    """The first windows of the texts, one after the other.
+    """The first windows of each text, ``most`` in all, shared evenly.
 
     Raises:
         InputError: a file cannot be read, or there is less than one window.
@@ -89,12 +98,16 @@ def evaluation_windows(tokenizer: Any, paths: Iterable[str | Path], length: int,
     if most is not None and most < 1:
         raise InputError(f"--max-windows is {most}; it must be at least 1")
     parts: list[Tensor] = []
+    start = start_of(tokenizer)
     for path in paths:
         ids = token_ids(tokenizer, read_text(path))
-        left = None if most is None else most - sum(len(part) for part in parts)
-        parts.append(windows(ids, length, left))
-        if len(parts[-1]) == 0 and (left is None or left > 0):
-            raise InputError(f"{path} has {len(ids)} tokens; one window needs {length} (--window)")
+        parts.append(windows(ids, length, start=start))
+        if len(parts[-1]) == 0:
+            raise InputError(f"{path} has {len(ids)} tokens; one window needs {length - len(start)} (--window)")
+    if most is not None:
+        if most < len(parts):
+            raise InputError(f"--max-windows is {most}; it must be at least {len(parts)}, one for each text")
+        parts = [part[:count] for part, count in zip(parts, shares(most, [len(part) for part in parts]), strict=True)]
     return torch.cat(parts)
 
 
@@ -169,9 +182,10 @@ def calibration_windows(
         raise InputError(f"--calibration-tokens is {tokens}; one window needs {length} (--calibration-window)")
     check_weights("--calibration-weights", weights, len(paths))
     generator = torch.Generator().manual_seed(seed)
+    start = start_of(tokenizer)
     wholes = []
     for path in paths:
-        wholes.append(windows(token_ids(tokenizer, read_text(path)), length))
+        wholes.append(windows(token_ids(tokenizer, read_text(path)), length, start=start))
         if len(wholes[-1]) == 0:
             raise InputError(
                 f"the calibration text {path} is shorter than one window of {length} tokens (--calibration-window)"

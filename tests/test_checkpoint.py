@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 import moecompile
 from moecompile import CheckpointError, InputError, MatchError, MoECompileError, PlanError, hub
+from moecompile.conversion import convert_with_record
 from moecompile.parity import outputs_of
 from moecompile.plans import MoEPlan
-from moecompile.recipes import Contiguous, Static
+from moecompile.recipes import Contiguous, RandomSplit, Static
 
 CAUSAL = [family for family in FAMILIES if family.causal]
 RECIPE = Contiguous(experts=4, shared=1, top_k=2)  # 48 neurons as 5 slices: of 10 and 9, so experts are padded
@@ -597,6 +598,15 @@ def test_layers_converted_one_after_the_other(tmp_path: Path) -> None:
     for converted in (model, again):
         with pytest.raises(MatchError, match="converted already"):
             moecompile.convert(converted, Contiguous(2, 0, 2))
+
+
+def test_layers_converted_in_two_steps_cost_what_they_cost_in_one() -> None:
+    for family in ("llama", "gpt2", "phi3"):
+        dense, recipe = BY_NAME[family].build(), RandomSplit(4, 0, 2)
+        whole = convert_with_record(dense, recipe)
+        one = moecompile.convert(dense, recipe, filter_fn=lambda _m, name: ".0." in name)
+        both = convert_with_record(one, recipe, filter_fn=lambda _m, name: ".1." in name)
+        assert both.costs == whole.costs, family
 
 
 def test_a_generation_config_that_contradicts_itself_is_kept(tmp_path: Path) -> None:

@@ -498,6 +498,26 @@ def test_generate_samples_by_seed(run: Run, dense: Path) -> None:
     assert narrow == run("generate", dense, "--prompt", PROMPT, "--max-new-tokens", 20)["text"]
 
 
+def test_sampling_is_of_all_words(run: Run, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    own = transformers.LlamaForCausalLM.generate
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM, "generate", lambda self, **given: (seen.update(given), own(self, **given))[1]
+    )
+    run("generate", dense, "--prompt", PROMPT, "--max-new-tokens", 4, "--temperature", 1)
+    assert seen["top_k"] == 0 and seen["do_sample"]  # transformers' own default are the 50 likeliest
+
+
+def test_generate_with_an_encoder(tokenizer: Any) -> None:
+    model = BY_NAME["t5"].build(vocab_size=len(tokenizer))
+    for words in (3, 12):
+        prompt = " ".join(["router"] * words)
+        found = moecompile.generate.generate(model, tokenizer, prompt, max_new_tokens=8)
+        output = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+        assert found["new_tokens"] == output.shape[1] - 1 > 0
+        assert found["text"] == tokenizer.decode(output[0], skip_special_tokens=True)
+
+
 def test_generate_for_people(dense: Path, model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(dense), "--prompt", PROMPT, "--max-new-tokens", "6", "--quiet"]) == 0
     out, err = capsys.readouterr()

@@ -442,6 +442,9 @@ def test_perplexity_of_a_model_that_is_not_causal(
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     refuse("eval", tmp_path / "model", "--text", text, "--window", 32, "--quiet", words=(words,))
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text(json.dumps({"text": "the router sends the token to the expert"}) + "\n")
+    refuse("eval", tmp_path / "model", "--text", passages, "--task", "lambada", "--quiet", words=(words,))
 
 
 def test_tokens_that_the_model_does_not_know(

@@ -294,6 +294,7 @@ def test_expertweaver_shares_more_where_neurons_are_steady() -> None:
     assert shared_slices([steady, varying], 2, 8, 4) == [4, 0]
     assert shared_slices([varying, varying], 2, 8, 4) == [2, 2]
     assert shared_slices([steady, varying], 0, 8, 2) == [0, 0]
+    assert variation(torch.tensor([[0.0, 1.0], [0.0, 1.0]])).tolist() == [float("inf"), 0.0]  # what is never on is not steady
     assert shared_slices([steady, varying], 3, 8, 5) == [5, 0]  # never more than are active
 
 

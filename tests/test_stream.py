@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import BY_NAME
 from torch import Tensor, nn
 
 import moecompile
@@ -100,6 +101,70 @@ def test_inputs_and_outputs_are_the_models(model: Any) -> None:
             changed = stream.outputs(index, put_out * 2)
             assert not any(t.shape == found.shape and torch.allclose(t, found, atol=1e-3) for t in changed)
         stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "cohere", "phi"])
+@torch.no_grad()
+def test_residual_and_ffn_are_the_layers_output(family: str) -> None:
+    """GPT-NeoX and Phi add attention's output first, Cohere adds the FFN last, behind its own sum."""
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    others = {
+        "cohere": (transformers.CohereForCausalLM, transformers.CohereConfig),
+        "phi": (transformers.PhiForCausalLM, transformers.PhiConfig),
+    }
+    torch.manual_seed(0)
+    model = others[family][0](others[family][1](**settings)) if family in others else BY_NAME[family].build()
+    model.eval()
+    batch, seen = _batches()[0], list[Tensor]()
+    layers = [each for each in model.modules() if type(each).__name__.endswith(("DecoderLayer", "Block", "NeoXLayer"))]
+    hooks = [
+        each.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        for each in layers
+    ]
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+    captured, matched = find_ffns(model, capture_inputs(model, None, [batch]))
+    assert len(layers) == len(matched.matches) == 2
+    stream = Stream(captured, matched.matches, [batch])
+    for number, (match, (x,)) in enumerate(stream):
+        dense = DenseFFN.read(match.site, captured.module)
+        y = dense.output(dense.hidden(x.reshape(-1, 32)))
+        torch.testing.assert_close(stream.residual(number) + y, seen[number].reshape(-1, 32))
+        stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
+
+
+def test_two_ffns_on_one_input() -> None:
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.one, self.two = nn.LayerNorm(32), _FFN(), _FFN()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            return self.one(h) + self.two(h) + x  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, batches = Twins().eval(), [torch.randn(2, 12, 32) for _ in range(3)]
+    recipe = Calibrated(experts=6, shared=2, top_k=6, precision="float32")
+    moe = moecompile.convert(model, recipe, batches)
+    with torch.no_grad():
+        torch.testing.assert_close(moe(batches[0]), model(batches[0]))
+
+
+@torch.no_grad()
+def test_padding_is_left_out_of_flattened_inputs() -> None:
+    model = BY_NAME["opt"].build()  # its FFNs read (B S, D)
+    (batch, *_) = _batches()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][:, 8:] = 0
+    captured, matched = find_ffns(model, capture_inputs(model, None, [batch]))
+    stream = Stream(captured, matched.matches, [batch])
+    inputs = stream.inputs(0)
+    assert inputs[0].dim() == 2
+    expected = inputs[0].view(2, 12, -1)[:, :8].flatten(0, 1)
+    torch.testing.assert_close(stream.tokens(0, inputs), expected)
 
 
 def test_they_are_converted(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,19 @@ import torch
 from conftest import corpus
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from moecompile import InputError
-from moecompile.text import calibration_windows, evaluation_windows, read_passages, read_text, shares, token_ids, windows
+from moecompile.text import (
+    calibration_windows,
+    evaluation_windows,
+    read_passages,
+    read_text,
+    shares,
+    start_of,
+    token_ids,
+    windows,
+)
 from moecompile.tuning.data import Windows
 
 
@@ -96,6 +107,22 @@ def test_windows_do_not_overlap_and_leave_the_rest_out() -> None:
     assert windows(range(10), 3, 0).shape == (0, 3)
     assert windows(range(2), 3).shape == (0, 3)
     assert windows([], 3).dtype == torch.long
+    assert windows(range(5), 3, start=[9]).tolist() == [[9, 0, 1], [9, 2, 3]]
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path: Path, tokenizer: Any) -> None:
+    assert start_of(tokenizer) == []
+    begins = copy.deepcopy(tokenizer)
+    begins.add_special_tokens({"bos_token": "the"})
+    assert start_of(begins) == []  # it has such a token, but does not put it there
+    bos = begins.bos_token_id
+    begins._tokenizer.post_processor = processors.TemplateProcessing(single="the $A", special_tokens=[("the", bos)])
+    assert start_of(begins) == [bos]
+    text = tmp_path / "text.txt"
+    text.write_text("router sends " * 20)
+    plain = token_ids(begins, "router sends")
+    for rows in (evaluation_windows(begins, [text], 5, 3), calibration_windows(begins, [text], 15, 5, 0)):
+        assert rows.tolist() == [[bos, *plain, *plain]] * 3
 
 
 def test_evaluation_takes_the_first_windows_of_each_file(tmp_path: Path, numbers: Numbers) -> None:
@@ -104,7 +131,9 @@ def test_evaluation_takes_the_first_windows_of_each_file(tmp_path: Path, numbers
     assert rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [100, 101, 102, 103], [104, 105, 106, 107]]
     assert rows.dtype == torch.long
     assert evaluation_windows(numbers, [b, a], 4, 3).tolist() == [*rows[2:].tolist(), rows[0].tolist()]
-    assert evaluation_windows(numbers, [a, b], 4, 1).tolist() == rows[:1].tolist()
+    assert evaluation_windows(numbers, [a, b], 4, 2).tolist() == [rows[0].tolist(), rows[2].tolist()]  # a figure of both
+    with pytest.raises(InputError, match="--max-windows is 1"):
+        evaluation_windows(numbers, [a, b], 4, 1)
     assert evaluation_windows(numbers, [a], 11, None).tolist() == [list(range(11))]
 
 
@@ -118,7 +147,8 @@ def test_evaluation_refuses_what_cannot_be_measured(tmp_path: Path, numbers: Num
         evaluation_windows(numbers, [a, short], 4, None)
     with pytest.raises(InputError, match=r"nowhere\.txt"):
         evaluation_windows(numbers, [a, tmp_path / "nowhere.txt"], 4, None)
-    assert evaluation_windows(numbers, [a, short], 4, 3).shape == (3, 4)  # the short one is not needed
+    with pytest.raises(InputError, match=r"short\.txt has 3 tokens"):
+        evaluation_windows(numbers, [a, short], 4, 3)  # it would be a figure of one
 
 
 # Calibration

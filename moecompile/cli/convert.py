@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..balancing import balance
 from ..conversion import Conversion, convert_with_record
+from ..costs import as_stored
 from ..distil import Distillation
 from ..errors import InputError
 from ..files import check_new_folder
@@ -224,8 +225,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     diagnosis = balance(conversion.module, model, held, progress=progress) if held is not None else None
     dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
+    before = next(p.dtype for p in conversion.module.parameters() if p.is_floating_point())
     module = checkpoint.cast_weights(conversion.module.to("cpu"), dtype)
-    record = _record(options, recipe, conversion, windows)
+    record = _record(options, recipe, conversion, windows, as_stored(conversion.costs, module, before))
     if isinstance(recipe, ReadMe) and batches:
         record["calibration"]["tokens"] = sum(v.numel() for part in batches.values() for one in part for v in one.values())
     if diagnosis is not None and diagnosis["layers"]:
@@ -315,7 +317,9 @@ def inputs_of(model: nn.Module, rows: Tensor) -> dict[str, Any]:
     return {"input_ids": rows}
 
 
-def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion, windows: Tensor | None) -> dict[str, Any]:
+def _record(
+    options: argparse.Namespace, recipe: Recipe, conversion: Conversion, windows: Tensor | None, costs: dict[str, Any]
+) -> dict[str, Any]:
     plan = conversion.plan
     settings = {name: plan.config.get(name, value) for name, value in recipe.settings().items()}  # `auto` as it was read
     first = plan.sites[0]
@@ -375,7 +379,7 @@ def _record(options: argparse.Namespace, recipe: Recipe, conversion: Conversion,
             for s in plan.sites
         ],
         "skipped": [skipped.to_dict() for skipped in conversion.matched.skipped],
-        "costs": conversion.costs,
+        "costs": costs,
         "evaluations": [],
     }
 

@@ -12,7 +12,7 @@ from ..apply import moe_blocks, set_top_k
 from ..errors import CheckpointError, InputError
 from ..evaluate import active_fraction, lambada, perplexity
 from ..hub import check_positions, check_tokens
-from ..text import evaluation_windows, read_passages
+from ..text import evaluation_windows, read_passages, shares
 from . import command
 from .common import add_texts, checkpoint, load_any, progress_of, tokenizer_of
 
@@ -31,8 +31,13 @@ def add(commands: Any) -> None:
         "--task", choices=("perplexity", "lambada"), default="perplexity", help="what to measure (default: perplexity)"
     )
     sub.add_argument("--window", type=int, default=1024, metavar="L", help="tokens per window (default: 1024)")
-    sub.add_argument("--max-windows", type=int, metavar="M", help="take only the first M windows (default: all)")
-    sub.add_argument("--max-examples", type=int, metavar="M", help="lambada: only the first M passages (default: all)")
+    sub.add_argument("--max-windows", type=int, metavar="M", help="take only M windows, the first of each text (default: all)")
+    sub.add_argument(
+        "--max-examples",
+        type=int,
+        metavar="M",
+        help="lambada: only M passages, the first of each file (default: all)",
+    )
     sub.add_argument("--top-k", type=int, metavar="K", help="experts chosen per token (default: as converted)")
     sub.add_argument(
         "--dense-prefix",
@@ -53,11 +58,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.task == "lambada":
         if options.dense_prefix or options.skip:
             raise InputError("--dense-prefix and --skip have no meaning for lambada, which scores the last word alone")
-        passages = [passage for path in options.text for passage in read_passages(path)]
+        files = [read_passages(path) for path in options.text]
+        counts = [len(file) for file in files]
         if options.max_examples is not None:
-            if options.max_examples < 1:
-                raise InputError(f"--max-examples is {options.max_examples}; it must be at least 1")
-            passages = passages[: options.max_examples]
+            if options.max_examples < len(files):
+                raise InputError(f"--max-examples is {options.max_examples}; it must be at least {len(files)}")
+            counts = shares(options.max_examples, counts)
+        passages = [passage for file, count in zip(files, counts, strict=True) for passage in file[:count]]
     else:
         rows = evaluation_windows(tokenizer, options.text, options.window, options.max_windows)
     model, converted = load_any(options)

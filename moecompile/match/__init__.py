@@ -290,7 +290,7 @@ def _residual(out: fx.Node) -> tuple[fx.Node, ...]:
         if user.target not in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) or user.kwargs.get("alpha", 1) != 1:
             break
         terms = [source for source in user.args[:2] if source is not node]
-        if len(terms) != 1 or not isinstance(terms[0], fx.Node) or not N.same_shape(terms[0], out):
+        if len(terms) != 1 or not isinstance(terms[0], fx.Node) or not N.same_shape(terms[0], node):
             break
         node = user
         others.append(terms[0])

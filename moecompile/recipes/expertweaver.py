@@ -98,8 +98,9 @@ def _profiles(context: Context) -> list[Tensor]:
 
 
 def variation(profile: Tensor) -> Tensor:
-    """(F,) standard deviation over |mean| of each neuron's mean activations (contexts, F)."""
-    return profile.std(0, unbiased=False) / profile.mean(0).abs().clamp_min(1e-12)
+    """(F,) deviation over |mean| of each neuron's mean activations (contexts, F); infinite for one that is never on."""
+    found = profile.std(0, unbiased=False) / profile.mean(0).abs().clamp_min(1e-12)
+    return found.masked_fill((profile == 0).all(0), float("inf"))
 
 
 def shared_slices(variations: list[Tensor], shared: int, slices: int, most: int) -> list[int]:

@@ -115,7 +115,7 @@ def _facts(record: Mapping[str, Any], grouped: Sequence[Group]) -> list[Fact]:
             f"parameters {_change(cost, 'parameters_dense', 'parameters', text.short)}",
         ),
         Fact(
-            "FLOPs per token",
+            "FLOPs per token of FFNs, routers",
             _change(cost, "flops_per_token_dense", "flops_per_token", text.short),
             f"FFN parameters used {_change(cost, 'ffn_parameters', 'active_ffn_parameters', text.short)}",
         ),

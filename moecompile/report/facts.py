@@ -57,7 +57,7 @@ def _sizes(cost: Mapping[str, Any]) -> Block:
     if not cost:
         return Block(missing="The record holds no sizes", command=CONVERT)
     pairs = (
-        ("FLOPs per token", "flops_per_token_dense", "flops_per_token", text.short),
+        ("FLOPs per token of FFNs, routers", "flops_per_token_dense", "flops_per_token", text.short),
         ("FFN parameters per token", "ffn_parameters", "active_ffn_parameters", text.short),
         ("Parameters", "parameters_dense", "parameters", text.short),
         ("Size on disk", "bytes_dense", "bytes", text.size),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..text import read_text, token_ids, windows
+from ..text import read_text, start_of, token_ids, windows
 
 HELD_OUT = 0.1  # the last share of each file, never trained on
 
@@ -67,10 +67,11 @@ def split(tokenizer: Any, paths: Sequence[Path], length: int, held: int) -> tupl
     if held < 1:
         raise InputError(f"--held-out is {held}; it must be at least 1 window of each file")
     train, kept = [], []
+    start = start_of(tokenizer)
     for path in paths:
         ids = token_ids(tokenizer, read_text(path))
         cut = len(ids) - max(length, round(HELD_OUT * len(ids)))
-        part, rest = windows(ids[: max(cut, 0)], length), windows(ids[max(cut, 0) :], length)
+        part, rest = (windows(some, length, start=start) for some in (ids[: max(cut, 0)], ids[max(cut, 0) :]))
         if len(part) == 0 or len(rest) == 0:
             raise InputError(f"{path} has {len(ids)} tokens; tuning needs two windows of {length} (--window) at least")
         train.append(part)
