@@ -49,8 +49,12 @@ def emit() -> str:
 
 
 def pairs() -> bool:
-    """Whether this CPU multiplies pairs of bfloat16 numbers (AVX-512 BF16); then bfloat16 prompts have an attention kernel."""
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    """Whether this CPU multiplies pairs of bfloat16 numbers (AVX-512 BF16), and torch is not told to use shorter vectors; then
+    bfloat16 prompts have an attention kernel."""
+    from torch._inductor import config
+
+    whole = torch.backends.cpu.get_cpu_capability() == "AVX512" and config.cpp.simdlen in (None, 512)
+    return whole and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def loaded() -> bool:

@@ -27,7 +27,7 @@ from ..errors import CheckpointError, MoECompileError
 from ..files import write_bytes
 from .triton_constants import Constants, Pairs, Tiles, heuristic, tuned
 from .triton_emit import emit
-from .triton_spec import TritonSpec
+from .triton_spec import Target, TritonSpec
 
 SCHEMA = 1
 PAIRS = "pairs"
@@ -55,16 +55,17 @@ class Device:
 
 
 def key_of(spec: TritonSpec, device: Device, regime: str) -> tuple[str, dict[str, Any]]:
-    """(the key, what it was made of). Shared neurons, an output bias and gradients are no part of it: a result serves all."""
+    """(the key, what it was made of). Weights of the chosen, shared neurons, an output bias and gradients are no part of it: a
+    result serves all."""
     import triton
 
-    spec = replace(spec, shared_width=0, shared_bias=False, output_bias=False, direction="forward")
+    spec = replace(spec, weighted=False, shared_width=0, shared_bias=False, output_bias=False, direction="forward")
 
     parts = {
         "source": hashlib.sha256(emit(spec).encode()).hexdigest(),
         "schema": SCHEMA,
         "triton": triton.__version__,
-        "ptxas": _ptxas_hash(),
+        "ptxas": _assembler(spec.target),
         "device": device.name,
         "processors": device.processors,
         "dtype": spec.dtype,
@@ -74,11 +75,24 @@ def key_of(spec: TritonSpec, device: Device, regime: str) -> tuple[str, dict[str
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32], parts
 
 
-@functools.cache
-def _ptxas_hash() -> str:
-    import triton
+def _assembler(target: Target) -> str:
+    """A hash of the assembler that Triton runs for a target (Blackwell has its own), and of what it is told."""
+    from triton import knobs
+    from triton.backends.nvidia import compiler
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    if target.backend != "cuda":
+        return "none"
+    find = getattr(compiler, "get_ptxas", None)
+    try:
+        path = (find(int(target.arch)) if find is not None else knobs.nvidia.ptxas).path
+    except RuntimeError:  # there is none
+        return "none"
+    told = [getattr(knobs.nvidia, name, None) for name in ("disable_ptxas_opt", "ptxas_options")]
+    return _hash_of(Path(path)) + "".join(f" {each}" for each in told if each)
+
+
+@functools.cache
+def _hash_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "none"
 
 

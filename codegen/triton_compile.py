@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .triton_backend import build, triton_module
-from .triton_constants import Constants
+from .triton_constants import Constants, shared_bytes
 from .triton_expressions import Unavailable
 from .triton_spec import Target, TritonSpec
 
@@ -201,7 +201,7 @@ def lint(name: str, kernel: Any, spec: TritonSpec) -> list[str]:
     used, reasons = resources(kernel), []
     if used.spill_bytes:
         reasons.append(f"{name}: spills {used.spill_bytes} bytes per thread")
-    room = 65536 if spec.target.backend == "hip" else {80: 166912, 90: 232448, 100: 232448}.get(int(spec.target.arch), 101376)
+    room = shared_bytes(spec.target)
     if used.shared_bytes > room:
         reasons.append(f"{name}: {used.shared_bytes} bytes of shared memory, of {room} on {spec.target}")
     product = " tt.dot " in kernel.asm["ttir"]

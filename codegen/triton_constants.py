@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .triton_spec import TritonSpec
+from .triton_spec import Target, TritonSpec
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,15 @@ def descriptors(spec: TritonSpec) -> bool:
     return hopper and whole and spec.element_bytes == 2 and not spec.quantised
 
 
+def shared_bytes(target: Target) -> int:
+    """Shared memory that a program may take: 227 KB on cc 9.0 and 10.x, 163 KB on 8.0 and 8.7, 99 KB on other CUDA devices, 64
+    KB on AMD's (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+    if target.backend == "hip":
+        return 65536
+    arch = int(target.arch)
+    return 232448 if arch // 10 in (9, 10) else 166912 if arch in (80, 87) else 101376
+
+
 def _fitted(spec: TritonSpec, tile: Tiles) -> Tiles:
     """What a device and a format ask of a tile."""
     if spec.target.backend == "hip":
@@ -175,12 +184,12 @@ def tile_space(spec: TritonSpec, block_m: int) -> Iterator[Tiles]:
     """Tiles of one height worth compiling: the heuristic first, then variations of each constant.
 
     With each size come the ways (swap, tma, persistent) that the target and the spec have, that of the heuristic first.
-    Pruned by what is known without compiling: shared memory (stages of both operands in at most 227 KB on cc 9.0 and 10.0,
-    99 KB on other CUDA devices, 64 KB on AMD's) and registers (sums take at most 128 of a thread's 255).
+    Pruned by what is known without compiling: shared memory (stages of both operands in what :func:`shared_bytes` gives) and
+    registers (sums take at most 128 of a thread's 255).
     """
     base = next(tile for tile in heuristic(spec).tiles if tile.block_m == block_m)
     yield base
-    room = 65536 if spec.target.backend == "hip" else 232448 if spec.target.arch in (90, 100) else 101376
+    room = shared_bytes(spec.target)
     sizes = itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5) if spec.target.backend == "cuda" else (1, 2))
     for block_n, block_k, warps, stages in sizes:
         shared = (block_m + block_n) * block_k * spec.element_bytes * max(stages - 1, 1)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CompileError
 from .triton_backend import Kernel, build
 from .triton_cache import PAIRS, Config, Device, Results, key_of, regimes, text_of
 from .triton_compile import compile_for, lint
@@ -31,7 +32,7 @@ from .triton_constants import Constants, Pairs, Tiles, heuristic, pairs_space, t
 from .triton_expressions import Unavailable
 from .triton_spec import TritonSpec
 
-Measure = Callable[[Kernel, int], float]  # microseconds of one forward with T tokens
+Measure = Callable[[Kernel, int], float | None]  # microseconds of one forward with T tokens; None: of no use
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def tune(
         say: told the best so far.
 
     Raises:
+        CompileError: a config failed on the device; the next run leaves it out.
         MoECompileError: results cannot be kept.
     """
     results = []
@@ -148,7 +150,16 @@ def tune(
             if text_of(config) in known:
                 continue
             constants = with_config(spec, regime, config, device.name)
-            kept.add(config, measure(build(spec, constants), count) if accept(spec, regime, constants) else None)
+            taken = None
+            try:
+                if accept(spec, regime, constants):
+                    taken = measure(build(spec, constants), count)
+            except Exception as error:  # it would be met again by every run that goes on from here
+                kept.add(config, None)
+                raise CompileError(
+                    f"{text_of(config)} failed ({type(error).__name__}: {error}); run again to go on without it"
+                ) from error
+            kept.add(config, taken)
             best = kept.best()
             if best is not None:
                 share = f"{100 * floor / best[1]:.0f} % of the floor"
@@ -229,15 +240,35 @@ def _fastest(run: Callable[[], Any], turns: Iterable[int] = range(12)) -> float:
 
 
 class OnDevice:
-    """Measures forwards of one spec on the current CUDA device; the operands of a token count are made once."""
+    """Measures forwards of one spec on the current CUDA device; the operands of a token count are made once.
 
-    def __init__(self, spec: TritonSpec) -> None:
-        self.spec = spec
+    A kernel is compared with that of the heuristic first, so that none is chosen that a compiler's fault made fast and wrong.
+    """
+
+    def __init__(self, spec: TritonSpec, device: str = "cuda", time: Callable[..., float] = cold_microseconds) -> None:
+        self.spec, self._device, self._time = spec, torch.device(device), time
         self._operands: dict[int, list[Tensor | None]] = {}
+        self._expected: Tensor | None = None
 
-    def __call__(self, kernel: Kernel, tokens: int) -> float:
-        """Microseconds."""
+    def __call__(self, kernel: Kernel, tokens: int) -> float | None:
+        """Microseconds; None where the device has too little of something, or the numbers are others."""
+        from triton.runtime.errors import OutOfResources
+
         if tokens not in self._operands:
-            self._operands = {tokens: random_operands(self.spec, tokens, torch.device("cuda"))}
+            self._operands = {tokens: random_operands(self.spec, tokens, self._device)}
+            self._expected = build(self.spec)(*self._operands[tokens])  # type: ignore[arg-type]
         operands = self._operands[tokens]
-        return cold_microseconds(lambda: kernel(*operands))  # type: ignore[arg-type]
+        try:
+            found = kernel(*operands)  # type: ignore[arg-type]
+        except OutOfResources:
+            return None
+        assert self._expected is not None
+        if not agree(found, self._expected):
+            return None
+        return self._time(lambda: kernel(*operands))  # type: ignore[arg-type]
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two kernels' outputs differ by no more than another order of sums explains: 32 epsilons, by the norm."""
+    allowed = 32 * torch.finfo(expected.dtype).eps * float(expected.double().norm())
+    return float((found.double() - expected.double()).norm()) <= allowed  # False for NaN

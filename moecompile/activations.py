@@ -72,7 +72,8 @@ def _pick(first: bool) -> Callable[[Dual, Dual], Dual]:
     def apply(a: Dual, b: Dual) -> Dual:
         left, right = torch.as_tensor(a[0]), torch.as_tensor(b[0])
         take = left <= right if first else left >= right
-        value = torch.where(take, left.to(right.dtype) if not left.dim() else left, right.to(left.dtype))
+        left = left.to(right.dtype) if not left.dim() else left
+        value = (torch.minimum if first else torch.maximum)(left, right.to(left))  # NaN stays NaN, as everywhere
         if a[1] is None and b[1] is None:
             return value, None
         da = torch.zeros((), dtype=value.dtype) if a[1] is None else torch.as_tensor(a[1], dtype=value.dtype)

@@ -78,7 +78,7 @@ def every_expert(
     Operands and result are those of :func:`expert_ffn`; plain operators, so autograd sees through it.
     """
     (experts, hidden, width), halves, act = down.shape, 2 if gated else 1, Activation(activation)
-    gates = x.new_zeros(len(x), experts).scatter(1, ids, weights.to(x.dtype))  # [T, N]
+    gates = x.new_zeros(len(x), experts).scatter_add(1, ids, weights.to(x.dtype))  # [T, N]
     rows = up.view(experts, halves, width, hidden).transpose(0, 1).reshape(halves, -1, hidden)  # [G, NI, D]
     biases: list[Tensor | None] = [None] * halves
     if up_bias is not None:

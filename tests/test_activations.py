@@ -87,6 +87,15 @@ def test_canonical_name(expression: str, name: str) -> None:
     assert canonical(expression).name == name
 
 
+def test_a_bound_does_not_hide_nan() -> None:
+    x = torch.tensor([float("nan"), 1.0, 9.0, -9.0])
+    for expression in ("minimum(x, 7.0)", "maximum(x, -7.0)", "minimum(7.0, x)"):
+        found = Activation(expression)(x)
+        limit = float(expression.split("(")[1].rstrip(")").replace("x", "").strip(", "))
+        torch.testing.assert_close(found, (x.clamp(max=limit) if limit > 0 else x.clamp(min=limit)), equal_nan=True)
+        assert found[0].isnan()
+
+
 def test_is_linear() -> None:
     assert is_linear(Activation("mul(3.0, add(x, 1.0))"))
     assert not is_linear(Activation("relu"))

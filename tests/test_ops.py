@@ -113,6 +113,13 @@ def test_opcheck(bias: bool) -> None:
     torch.library.opcheck(expert_ffn, (*wanted, "silu", True))
 
 
+def test_an_expert_named_twice_counts_twice() -> None:
+    x, ids, weights, up, down, *_ = case(6, 4, 2, 8, 16, True, False)
+    ids[:, 1] = ids[:, 0]
+    once = ops.every_expert(x, ids[:, :1], weights.sum(1, keepdim=True), up, down, None, None, "silu", True)
+    torch.testing.assert_close(ops.every_expert(x, ids, weights, up, down, None, None, "silu", True), once)
+
+
 def test_operands_that_do_not_fit_are_refused() -> None:
     x, ids, weights, up, down, _, _ = case(5, 4, 2, 3, 2, True, False)
     with pytest.raises(ValueError, match="do not fit"):

@@ -277,6 +277,10 @@ def test_command_fails_with_the_lints_reason(
         ([], "either MODEL or --shape"),
         (["--shape", "64,32,4,2", "--weight-format", "int8", "--group-size", "48"], "power of two"),
         (["--shape", "64,32,4,2", "--activation", "nonsense("], "activation"),
+        (
+            ["--shape", "64,32,4,2", "--weight-format", "fp8", "--target", "cuda:90", "hip:gfx942"],
+            "8.9 or later, not hip:gfx942",
+        ),
     ],
 )
 def test_bad_use(arguments: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,6 +314,23 @@ def test_specs_of_a_stock_model(tmp_path: Path) -> None:
     MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "mixtral")
     options = parser().parse_args(["codegen", str(tmp_path / "mixtral"), "--out", str(tmp_path / "out"), "--quiet"])
     assert specs_of(options) == [TritonSpec(32, 16, 4, 2, True, "silu", "float32")]
+
+
+def test_k_by_every_name() -> None:
+    from moecompile.cli.codegen import _chosen
+    from moecompile.errors import InputError
+
+    text = SimpleNamespace(moe_topk=3)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert _chosen(model, SimpleNamespace(config=SimpleNamespace(top_k_experts=4))) == 4
+    assert _chosen(model, SimpleNamespace()) == 3
+    with pytest.raises(InputError, match="does not say how many"):
+        _chosen(SimpleNamespace(), SimpleNamespace())
+
+
+def test_blackwells_of_every_number_have_its_memory() -> None:
+    spec = TritonSpec(2048, 768, 128, 8, True, "silu", target=Target("cuda", 103))
+    check(spec, only=["up_tiles"], blocks=[128])
 
 
 def test_a_dense_model_has_no_experts(dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,10 @@ from moecompile.codegen.triton_cache import Device, Results, config_of, constant
 from moecompile.codegen.triton_constants import Pairs, Tiles, heuristic, pairs_space, tile_space
 from moecompile.codegen.triton_emit import emit
 from moecompile.codegen.triton_spec import Target, TritonSpec
-from moecompile.codegen.triton_tuning import Limits, random_operands, regime_of, tune, usable, with_config
+from moecompile.codegen.triton_tuning import Limits, OnDevice, agree, random_operands, regime_of, tune, usable, with_config
 
 from moecompile.cli import main
-from moecompile.errors import MoECompileError
+from moecompile.errors import CompileError, MoECompileError
 
 pytest.importorskip("triton", minversion="3.6", reason="triton is not installed")
 SPEC = TritonSpec(2048, 768, 128, 8, True, "silu")
@@ -90,6 +90,56 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     second = Clock()
     results = run(tmp_path, second)
     assert second.asked == 12 - 4 and len(results) == 2
+
+
+def test_a_config_that_fails_is_left_out_by_the_next_run(tmp_path: Path) -> None:
+    class Failing(Clock):
+        def __call__(self, kernel: Kernel, tokens: int) -> float:
+            if self.asked == 2:
+                raise RuntimeError("an illegal memory access was encountered")
+            return super().__call__(kernel, tokens)
+
+    with pytest.raises(CompileError, match="illegal memory access"):
+        run(tmp_path, Failing(), (4096,))
+    second = Clock()
+    results = run(tmp_path, second, (4096,))
+    assert second.asked == 6 - 3 and len(results) == 1
+    tried = Results(tmp_path, *key_of(SPEC, H200, "128")).read()
+    assert len(tried) == 6 and list(tried.values()).count(None) == 1
+
+
+def test_wrong_numbers_are_not_measured() -> None:
+    expected = torch.randn(64, 32, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16):
+        right = expected.to(dtype)
+        nearly = right + right.roll(1, 0) * torch.finfo(dtype).eps
+        spoiled = right.clone()
+        spoiled[3, 5] = float("nan")
+        off = right.clone()
+        off[:16] = 0  # a tile was left out
+        assert agree(right, right) and agree(nearly.to(dtype), right)
+        assert not agree(spoiled, right) and not agree(off, right)
+    small = replace(SPEC, hidden_size=32, expert_width=16, experts=4, top_k=2, dtype="float32")
+    on_device = OnDevice(small, "cpu", lambda run: 1.0)
+    wrong: list[bool] = []
+
+    def kernel(*operands: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(operands[0], 2.0 if wrong else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_tuning, "build", lambda spec: kernel)
+        assert on_device(kernel, 4) == 1.0  # type: ignore[arg-type]
+        wrong.append(True)
+        assert on_device(kernel, 4) is None  # type: ignore[arg-type]
+
+
+def test_the_key_knows_the_assembler_and_not_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    blackwell = replace(SPEC, target=Target("cuda", 100))
+    before = [key_of(spec, H200, "128")[0] for spec in (SPEC, blackwell)]
+    assert before[0] == key_of(replace(SPEC, weighted=not SPEC.weighted), H200, "128")[0]
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
+    after = [key_of(spec, H200, "128")[0] for spec in (SPEC, blackwell)]
+    assert not set(before) & set(after)
 
 
 def test_what_cannot_be_used_is_remembered(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..block import MoEFFN
+from ..codegen import stored
 from ..codegen.triton_backend import DTYPES, Unavailable, triton_module
 from ..codegen.triton_compile import TARGETS, assembly, binary, compile_for, lint, resources
 from ..codegen.triton_emit import emit
@@ -19,6 +20,7 @@ from ..codegen.triton_spec import DTYPES as DTYPE_NAMES
 from ..codegen.triton_spec import WEIGHT_FORMATS, Target, TritonSpec
 from ..errors import CompileError, InputError
 from ..files import new_folder
+from ..progress import Progress
 from . import command
 from .common import load_any, progress_of
 
@@ -36,9 +38,8 @@ def add(commands: Any) -> None:
         "--target",
         nargs="+",
         type=target,
-        default=list(TARGETS),
         metavar="TARGET",
-        help=f"kinds of device (default: {' '.join(map(str, TARGETS))})",
+        help=f"kinds of device (default: those of {' '.join(map(str, TARGETS))} that have the weights' format)",
     )
     sub.add_argument("--backward", action="store_true", help="the kernels of the gradients too")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
@@ -121,19 +122,36 @@ def _model_specs(options: argparse.Namespace) -> list[TritonSpec]:
                 shared_bias=bias and s.shared_width > 0, output_bias=s.bias,
             )
         )  # fmt: skip
-    config = getattr(model, "config", None)
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
     for module in stock_experts(model).values():
         up, down, up_bias, down_bias = _weights(module)
         specs.append(
             TritonSpec(
-                up.shape[2], down.shape[2], up.shape[0], chosen, bool(module.has_gate), str(_activation_or_warn(module)),
+                up.shape[2], down.shape[2], up.shape[0], _chosen(model, module), bool(module.has_gate),
+                str(_activation_or_warn(module)),
                 _dtype(options, down), up_bias=up_bias is not None, down_bias=down_bias is not None,
             )
         )  # fmt: skip
     if not specs:
         raise InputError(f"{options.model} has no experts; convert it first, or give --shape D,I,N,K")
     return specs
+
+
+# What configurations of transformers call K (those of `use_experts_implementation`, 5.23).
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_selected_experts")
+
+
+def _chosen(model: Any, experts: Any) -> int:
+    """K of a stock model.
+
+    Raises:
+        InputError: its configuration does not say.
+    """
+    own = [one for one in (getattr(experts, "config", None), getattr(model, "config", None)) if one is not None]
+    for config in [*own, *(each.get_text_config() for each in own if hasattr(each, "get_text_config"))]:
+        for name in _CHOSEN:
+            if isinstance(found := getattr(config, name, None), int) and found > 0:
+                return found
+    raise InputError(f"the configuration of {type(model).__name__} does not say how many experts a token has; give --shape")
 
 
 def _dtype(options: argparse.Namespace, tensor: torch.Tensor) -> str:
@@ -152,7 +170,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     specs, rows = specs_of(options), []
     try:
         triton_module()
-        jobs = [replace(spec, target=where) for spec in specs for where in options.target]
+        jobs = [replace(spec, target=where) for spec in specs for where in options.target or TARGETS]
+        jobs = [job for job in jobs if _is_stored(job, asked=options.target is not None, progress=progress)]
         jobs = [job for spec in jobs for job in with_gradients(spec)] if options.backward else jobs
         with new_folder(options.out, overwrite=False) as folder:
             for spec in progress.over(jobs, "compiling"):
@@ -163,6 +182,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(str(error)) from None
     return {"json": {"kernels": rows, "path": str(options.out)}, "text": _table(rows)}
+
+
+def _is_stored(spec: TritonSpec, *, asked: bool, progress: Progress) -> bool:
+    """Whether a target reads weights in a spec's format; where it was asked for and does not, an error says why."""
+    reason = stored.refusal(spec.weight_format, spec.target, spec.hidden_size, spec.expert_width)
+    if reason is not None and asked:
+        raise InputError(reason)
+    if reason is not None:
+        progress.say(f"left out: {reason}")
+    return reason is None
 
 
 def with_gradients(spec: TritonSpec) -> list[TritonSpec]:
