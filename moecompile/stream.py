@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .capture import Captured, normalise_inputs
 from .errors import InputError
 from .match import Match
-from .match.nodes import attribute
+from .match.nodes import attribute, passes_on
 from .precision import multiplying
 from .products import replacement
 from .schedule import Schedule
@@ -125,6 +125,20 @@ class Stream:
         for node in others:
             found += self.tokens(number, [state[node] for state in self._states])
         return found
+
+    @torch.no_grad()
+    def added(self, number: int, y: Tensor) -> Tensor:
+        """What FFN ``number``'s outputs y (T, D) become before they are added to the residual, (T, D) float32."""
+        match = self.matches[number]
+        value = match.out.meta["val"]
+        state: dict[fx.Node, Any] = {match.out: y.view(*[1] * (value.dim() - 2), *y.shape)}
+        for node in match.between:
+            if passes_on(node):  # views and casts
+                source: fx.Node = node.args[0]  # type: ignore[assignment]
+                state[node] = state[source] if source in state else self._attribute(source)
+            else:
+                self._run(node, state)
+        return state[match.between[-1]].reshape(y.shape).float()  # type: ignore[no-any-return]
 
     def feed(self, ffn: Callable[[Tensor], Tensor], outputs: Tensor | None = None) -> None:
         """Give the present FFN's output for every batch, and move on.

@@ -11,7 +11,7 @@ import moecompile
 from moecompile.errors import InputError, PlanError
 from moecompile.plans import DOWN, MEANS
 from moecompile.recipes import Calibrated, Contiguous, Flap, Static
-from moecompile.recipes.calibrated import clipped
+from moecompile.recipes.drift import clipped
 from moecompile.recipes.neurons import Activity, choose_shared, group_neurons, token_weights
 from moecompile.recipes.refit import idle_means, refit_down
 from moecompile.recipes.routing import fit_router, route

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import moecompile
 from moecompile.conversion import capture_inputs, find_ffns
 from moecompile.recipes import Calibrated
+from moecompile.recipes.drift import factors, repaired
 from moecompile.sites import DenseFFN
 from moecompile.stream import Stream
 
@@ -103,25 +104,38 @@ def test_inputs_and_outputs_are_the_models(model: Any) -> None:
         stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "cohere", "phi"])
-@torch.no_grad()
-def test_residual_and_ffn_are_the_layers_output(family: str) -> None:
-    """GPT-NeoX and Phi add attention's output first, Cohere adds the FFN last, behind its own sum."""
+def _family(name: str) -> Any:
     settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     settings |= {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    others = {
+    others: dict[str, Any] = {
         "cohere": (transformers.CohereForCausalLM, transformers.CohereConfig),
         "phi": (transformers.PhiForCausalLM, transformers.PhiConfig),
+        "granite": (transformers.GraniteForCausalLM, transformers.GraniteConfig),
     }
     torch.manual_seed(0)
-    model = others[family][0](others[family][1](**settings)) if family in others else BY_NAME[family].build()
-    model.eval()
+    if name not in others:
+        return BY_NAME[name].build()
+    if name == "granite":
+        settings["residual_multiplier"] = 0.3
+    return others[name][0](others[name][1](**settings)).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "cohere", "phi", "granite", "gemma2", "gemma3"])
+@torch.no_grad()
+def test_residual_and_ffn_are_the_layers_output(family: str) -> None:
+    """GPT-NeoX and Phi add attention's output first, Cohere adds the FFN last, behind its own sum; Granite scales, Gemma
+    normalises what is added."""
+    model = _family(family)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and "weight" in name:
+            parameter.normal_(1.0, 0.3)
     batch, seen = _batches()[0], list[Tensor]()
     layers = [each for each in model.modules() if type(each).__name__.endswith(("DecoderLayer", "Block", "NeoXLayer"))]
-    hooks = [
-        each.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        for each in layers
-    ]
+
+    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [each.register_forward_hook(look) for each in layers]
     model(**batch)
     for hook in hooks:
         hook.remove()
@@ -131,8 +145,51 @@ def test_residual_and_ffn_are_the_layers_output(family: str) -> None:
     for number, (match, (x,)) in enumerate(stream):
         dense = DenseFFN.read(match.site, captured.module)
         y = dense.output(dense.hidden(x.reshape(-1, 32)))
-        torch.testing.assert_close(stream.residual(number) + y, seen[number].reshape(-1, 32))
+        assert bool(match.between) == (family in ("granite", "gemma2", "gemma3"))
+        added = stream.added(number, y) if match.between else y
+        torch.testing.assert_close(stream.residual(number) + added, seen[number].reshape(-1, 32))
         stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "granite", "gemma2"])
+@torch.no_grad()
+def test_what_is_repaired_of_the_drift(family: str) -> None:
+    model, batches = _family(family), _batches()
+    captured, matched = find_ffns(model, capture_inputs(model, None, batches))
+    dense, moe = (Stream(captured, matched.matches, batches) for _ in range(2))
+    first = DenseFFN.read(matched.matches[0].site, captured.module)
+    for stream, factor in ((dense, 1.0), (moe, 0.999)):
+        stream.inputs(0)
+        stream.feed(lambda rows, factor=factor: first.output(first.hidden(rows)) * factor)  # type: ignore[misc]
+        if factor != 1.0 and matched.matches[0].between:
+            for state in stream._states:  # a norm takes the factor out again
+                state[matched.matches[0].residual[0]] = state[matched.matches[0].residual[0]] * factor
+    match = matched.matches[1]
+    ffn = DenseFFN.read(match.site, captured.module)
+    x = dense.tokens(1, dense.inputs(1))
+    moe.inputs(1)
+    y = ffn.output(ffn.hidden(x))
+    drift = dense.residual(1) - moe.residual(1)
+    assert float(drift.abs().max()) > 0
+    assert torch.equal(repaired(dense, moe, 1, y, 0.0), y)
+    target = repaired(dense, moe, 1, y, 0.5)
+    p = (lambda value: dense.added(1, value)) if match.between else (lambda value: value)
+    gained, wanted = p(target) - p(y), 0.5 * drift
+    kept = ((target - y).norm(dim=1) < 3.9 * y.norm(dim=1)).nonzero().flatten()  # the others are clipped
+    assert len(kept) > len(y) // 2
+    error = (gained - wanted)[kept].norm() / wanted[kept].norm()
+    assert float(error) < (0.6 if family == "gemma2" else 0.05)  # a norm takes part of it out with the token's size
+
+
+def test_factors_of_a_norm_and_of_nothing_else() -> None:
+    torch.manual_seed(0)
+    y, token, channel = torch.randn(50, 16), torch.rand(50) * 100 + 1e-3, torch.randn(16)
+    found = factors(y, y * token[:, None] * channel)
+    assert found is not None
+    torch.testing.assert_close(found[0][:, None] * found[1], token[:, None] * channel, rtol=1e-4, atol=1e-6)
+    assert factors(y, torch.layer_norm(y, (16,)) + 0.5) is None
+    assert factors(y, torch.randn(50, 16)) is None
+    assert factors(torch.zeros(4, 16), torch.zeros(4, 16)) is None
 
 
 def test_two_ffns_on_one_input() -> None:

@@ -21,6 +21,7 @@ from ..sites import FFNSite, Projection, Skipped
 from . import nodes as N
 from .expression import Blocked, Expression, Leaf, Walk, factors_of, leaves_of, product_of, text_of
 from .placement import ModuleMap, common_module, place
+from .residual import with_residuals
 
 __all__ = ["Match", "Matched", "match"]
 
@@ -38,6 +39,7 @@ class Match:
         out: the node that is its output; the rewrite replaces its uses.
         region: the nodes between the two, which are dead after the rewrite.
         residual: the nodes that the output is added to, where they depend neither on it nor on an FFN behind it.
+        between: the operators between the output and that sum, where they change it; they read parameters beside it.
     """
 
     site: FFNSite
@@ -45,6 +47,7 @@ class Match:
     out: fx.Node
     region: frozenset[fx.Node]
     residual: tuple[fx.Node, ...] = ()
+    between: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def match(captured: Captured) -> Matched:
             stacks = [N.module_paths(node) for node in (down.node, *state.linears)]
             name = common_module(stacks) or (N.module_paths(down.node) or [down.node.name])[-1]
             skipped.append(Skipped(name, block.node.name, block.reason))
-    return Matched(_with_unique_names(_with_known_residuals(found)), tuple(skipped))
+    return Matched(_with_unique_names(with_residuals(found)), tuple(skipped))
 
 
 # ---- which linear layers are candidates ------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def _read_site(captured: Captured, modules: ModuleMap, uses: dict[int, list[fx.N
         refusal=placed.refusal,
         output_dropout=placed.output_dropout,
     )
-    return Match(site, x, down.node, frozenset(before | set(down.inner)) - {x}, _residual(down.node))
+    return Match(site, x, down.node, frozenset(before | set(down.inner)) - {x})
 
 
 def _split_product(expression: Expression, down: N.LinearNode) -> tuple[Leaf | None, Leaf, str]:
@@ -273,44 +276,6 @@ def _views_of(down: N.LinearNode, before: set[fx.Node]) -> set[fx.Node]:
         views.add(user)
         node = user
     return views
-
-
-def _residual(out: fx.Node) -> tuple[fx.Node, ...]:
-    """What the FFN's output is added to: the other operands of the sums that follow it. GPT-NeoX adds attention's output first,
-    then the stream that both read."""
-    node, others = out, list[fx.Node]()
-    while True:
-        users = [user for user in node.users if user.target not in N.ASSERTS]
-        if len(users) != 1:
-            break
-        (user,) = users
-        if N.passes_on(user):
-            node = user
-            continue
-        if user.target not in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) or user.kwargs.get("alpha", 1) != 1:
-            break
-        terms = [source for source in user.args[:2] if source is not node]
-        if len(terms) != 1 or not isinstance(terms[0], fx.Node) or not N.same_shape(terms[0], node):
-            break
-        node = user
-        others.append(terms[0])
-    return tuple(others)
-
-
-def _with_known_residuals(found: list[Match]) -> list[Match]:
-    """Residuals only where they do not depend on the FFN, or on one behind it."""
-    behind = {match.out for match in found}
-    kept = []
-    for match in found:
-        pending, seen = list(match.residual), set[fx.Node]()
-        while pending:
-            source = pending.pop()
-            if source not in seen:
-                seen.add(source)
-                pending += source.all_input_nodes
-        kept.append(match if behind.isdisjoint(seen) else replace(match, residual=()))
-        behind.discard(match.out)
-    return kept
 
 
 def _check_users(region: set[fx.Node], own: set[fx.Node]) -> None:

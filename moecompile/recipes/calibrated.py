@@ -10,7 +10,7 @@ First, on the dense model, for each FFN (survey.py):
 Then in order, with x, h of the *converted* stream and y, r of the *dense* one (r, r' what the output is added to):
 
     4. router: ridge regression of the experts' amplitudes on x                       (routing.fit_router)
-    5. refit of the down projection against y + drift * (r - r'), clipped             (refit.refit_down)
+    5. refit of the down projection against y + drift * (r - r'), clipped             (drift.repaired, refit.refit_down)
 
 The last step lets each layer repair part of what the layers before it broke. Behind the last FFN, in a language model:
 
@@ -35,16 +35,13 @@ from ..precision import PRECISIONS, compute_dtype, multiplying, product
 from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, Recipe, check_counts, planner
+from .drift import repaired
 from .final_norm import FinalNorm, find_final_norm, refit_final_norm
 from .neurons import token_weights
 from .refit import CHUNK, Mask, idle_means, neuron_mask, refit_down
 from .routing import fit_router, route
 from .survey import BUDGETS, Split, survey
 
-# The correction of a token is at most this many times its FFN output. Behind the layer that writes the attention sinks, their
-# own outputs are tiny and their drift is hundreds of times larger; unclipped it took over the regression on one seed
-# (perplexity 108 instead of 68).
-_DRIFT_LIMIT = 4.0
 _KEEP_EVERY = 12  # one batch in so many is kept from the regressions: the final norm needs tokens that they have not seen
 
 
@@ -108,11 +105,7 @@ def plan_calibrated(recipe: Calibrated, context: Context) -> MoEPlan:
         with multiplying(dtype, x.device):
             y = in_chunks(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), x_dense, ffn.site.hidden_size, ffn.up.dtype)  # type: ignore[misc]
         del x_dense
-        target = y
-        if recipe.drift and match.residual:
-            drift = dense_stream.residual(number).sub_(moe_stream.residual(number))
-            target = y + clipped(recipe.drift * drift, y)
-            del drift
+        target = repaired(dense_stream, moe_stream, number, y, recipe.drift)
         planned, fitted, error, own = _plan_site(splits[number], ffn, x, y, target, unseen, dtype)
         if error > 1.0:
             context.progress.say(
@@ -152,13 +145,6 @@ def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, width: int, dtype
     for start in range(0, len(x), CHUNK):
         found[start : start + CHUNK] = function(x[start : start + CHUNK].to(dtype))
     return found
-
-
-def clipped(correction: Tensor, output: Tensor) -> Tensor:
-    """Corrections (T, D) no longer than :data:`_DRIFT_LIMIT` times each token's output (T, D)."""
-    allowed = _DRIFT_LIMIT * output.norm(dim=1, keepdim=True)
-    length = correction.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return correction * (allowed / length).clamp_max(1.0)
 
 
 def _plan_site(

@@ -24,8 +24,9 @@ from ..sites import DenseFFN
 from ..stream import Stream
 from ..targets import collect_targets, membership
 from .base import Context, Recipe, check_counts, check_fraction, planner
-from .calibrated import clipped, in_chunks, masked_outputs
+from .calibrated import in_chunks, masked_outputs
 from .domains import RANKINGS, domain_experts, survey_domains
+from .drift import repaired
 from .neurons import token_weights
 from .refit import Mask, idle_means, refit_down
 from .survey import BUDGETS, split_neurons
@@ -249,10 +250,7 @@ def _compensated(
         x = moe_stream.tokens(number, moe_stream.inputs(number)).float()
         y = in_chunks(lambda rows, ffn=ffn: ffn.output(ffn.hidden(rows)), x_dense, match.site.hidden_size, ffn.up.dtype)  # type: ignore[misc]
         hidden = in_chunks(ffn.hidden, x, match.site.intermediate_size, ffn.up.dtype)
-        target = y
-        if match.residual:
-            drift = dense_stream.residual(number).sub_(moe_stream.residual(number))
-            target = y + clipped(_DRIFT * drift, y)
+        target = repaired(dense_stream, moe_stream, number, y, _DRIFT)
         ids = chosen[:, number] if recipe.disjoint else chosen
         mask = _mask(ids, members[number].to(x.device), torch.tensor(site.shared, dtype=torch.long, device=x.device))
         weights = token_weights(torch.maximum(y.norm(dim=1), target.norm(dim=1)))
