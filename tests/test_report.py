@@ -230,7 +230,7 @@ def test_numbers_come_from_the_record(record: dict[str, Any]) -> None:
     assert page.table("Left as they were")[1] == ["lm_head", "linear_14", "no second projection"]
     assert page.table("Relative error by site")[2][1:] == ["0.4655", "0.3211"]
     assert page.table("Sizes and FLOPs")[1] == [
-        "FLOPs per token of FFNs and routers",
+        "FLOPs per token of FFNs, routers",
         "269,030,016",
         "192,943,744",
         "71.7\u202f%",
