@@ -90,18 +90,18 @@ class Schedule:
         return cls(graph, matches, segments, within, behind, bool(touched), attributes)
 
     def rest(self, position: int, values: Collection[fx.Node]) -> list[fx.Node]:
-        """What is left to run, in order, for the graph's outputs behind FFN ``position``, with the FFNs behind it dense.
+        """What is left to run, in order, for the graph's outputs behind FFN ``position``, with the FFNs behind it dense; those
+        before it, too, whose values were let go (an encoder's, for the last FFN of a decoder).
 
         Args:
             position: the FFN whose output is known.
             values: the nodes whose values are known.
         """
-        known = set(values)
+        known, outputs = set(values), [match.out for match in self.matches]
         if self.writes:  # what has run must not run again, its value kept or not
-            known.update(node for segment in self.segments[: position + 1] for node in segment)
-        fed = {match.out for match in self.matches[: position + 1]}
+            known.update(outputs[: position + 1], *self.segments[: position + 1])
         wanted = _output(self.graph).all_input_nodes
-        needed = _needed(self.graph, wanted, known | fed, [match.out for match in self.matches] if self.writes else None)
+        needed = _needed(self.graph, wanted, known, outputs if self.writes else None)
         return [node for node in self.graph.nodes if node in needed]
 
 

@@ -23,6 +23,8 @@ from .precision import multiplying
 from .products import replacement
 from .schedule import Schedule
 
+_ROWS = 8192  # tokens at a time in :meth:`Stream.added`
+
 
 class Stream:
     """The captured graph, run in segments between FFNs.
@@ -130,15 +132,19 @@ class Stream:
     def added(self, number: int, y: Tensor) -> Tensor:
         """What FFN ``number``'s outputs y (T, D) become before they are added to the residual, (T, D) float32."""
         match = self.matches[number]
-        value = match.out.meta["val"]
-        state: dict[fx.Node, Any] = {match.out: y.view(*[1] * (value.dim() - 2), *y.shape)}
-        for node in match.between:
-            if passes_on(node):  # views and casts
-                source: fx.Node = node.args[0]  # type: ignore[assignment]
-                state[node] = state[source] if source in state else self._attribute(source)
-            else:
-                self._run(node, state)
-        return state[match.between[-1]].reshape(y.shape).float()  # type: ignore[no-any-return]
+        read = {source for node in match.between for source in node.all_input_nodes if source.op == "get_attr"}
+        parameters = {node: self._attribute(node).float() for node in read}
+        leading = [1] * (match.out.meta["val"].dim() - 2)
+        parts = []
+        for rows in y.split(_ROWS):
+            state: dict[fx.Node, Any] = {**parameters, match.out: rows.view(*leading, *rows.shape)}
+            for node in match.between:
+                if passes_on(node):  # views and casts
+                    state[node] = state[node.args[0]]  # type: ignore[index]
+                else:
+                    self._run(node, state)
+            parts.append(state[match.between[-1]].reshape(rows.shape))
+        return torch.cat(parts)
 
     def feed(self, ffn: Callable[[Tensor], Tensor], outputs: Tensor | None = None) -> None:
         """Give the present FFN's output for every batch, and move on.

@@ -78,11 +78,10 @@ def start_of(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def windows(ids: Sequence[int], length: int, most: int | None = None, start: Sequence[int] = ()) -> Tensor:
+def windows(ids: Sequence[int], length: int, start: Sequence[int] = ()) -> Tensor:
     """(W, length) int64: windows without overlap, each behind the tokens ``start``; a rest shorter than one is left out."""
     own = length - len(start)
     count = len(ids) // own
-    count = count if most is None else min(count, most)
     rows = torch.tensor(ids[: count * own], dtype=torch.long).reshape(count, own)
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(count, -1), rows], 1) if start else rows
 

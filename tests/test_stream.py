@@ -76,9 +76,65 @@ def model(request: pytest.FixtureRequest) -> Any:
     return request.param().eval()
 
 
+class _Scaled(nn.Module):
+    """A factor before the sum, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY)
+        self.layers = nn.ModuleList(_FFN() for _ in range(3))
+        self.in_place = in_place
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            y = layer(x)
+            if self.in_place:
+                y *= 0.1
+            x = x + (y if self.in_place else y * 0.1)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
 def _batches() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [{"input_ids": torch.randint(3, VOCABULARY, (2, 12), generator=generator)} for _ in range(3)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_added_is_asked_for_without_a_trace(in_place: bool) -> None:
+    torch.manual_seed(0)
+    model, batches = _Scaled(in_place).eval(), _batches()
+    recipe = Calibrated(experts=6, shared=2, top_k=2, precision="float32")
+    moe = moecompile.convert(model, recipe, batches * 8)
+    found, expected = moe(**batches[0]), model(**batches[0])
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+@torch.no_grad()
+def test_outputs_behind_values_that_were_let_go(family: str) -> None:
+    """An encoder's states are an output beside the decoder's; so are a decoder's hidden states where they are asked for."""
+    if family == "bart":
+        sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 2, "decoder_layers": 2}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+        ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+        model = transformers.BartForConditionalGeneration(
+            transformers.BartConfig(vocab_size=VOCABULARY, **sizes, **heads, **ends)
+        )
+        batch = {**_batches()[0], "decoder_input_ids": _batches()[1]["input_ids"][:, :9]}
+    else:
+        model, batch = BY_NAME["llama"].build(output_hidden_states=True), _batches()[0]
+    model.eval()
+    logits = model(**batch).logits
+    captured, matched = find_ffns(model, capture_inputs(model, None, [batch]))
+    stream = Stream(captured, matched.matches, [batch])
+    for match, inputs in stream:
+        dense = DenseFFN.read(match.site, captured.module)
+        (x,) = inputs
+        found = stream.outputs(0, dense.output(dense.hidden(x)))
+        assert any(t.shape == logits.shape and torch.allclose(t, logits, atol=1e-5) for t in found), match.site.name
+        stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)))  # type: ignore[misc]
 
 
 @torch.no_grad()
@@ -184,6 +240,10 @@ def test_what_is_repaired_of_the_drift(family: str) -> None:
 def test_factors_of_a_norm_and_of_nothing_else() -> None:
     torch.manual_seed(0)
     y, token, channel = torch.randn(50, 16), torch.rand(50) * 100 + 1e-3, torch.randn(16)
+    found = factors(y, y * token[:, None] * channel)
+    assert found is not None
+    torch.testing.assert_close(found[0][:, None] * found[1], token[:, None] * channel, rtol=1e-4, atol=1e-6)
+    token[3], channel[5] = 0.0, 0.0
     found = factors(y, y * token[:, None] * channel)
     assert found is not None
     torch.testing.assert_close(found[0][:, None] * found[1], token[:, None] * channel, rtol=1e-4, atol=1e-6)

@@ -102,9 +102,6 @@ def test_tokens_have_no_special_ones(tokenizer: Any) -> None:
 def test_windows_do_not_overlap_and_leave_the_rest_out() -> None:
     assert windows(range(10), 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert windows(range(9), 3).tolist() == windows(range(10), 3).tolist()
-    assert windows(range(10), 3, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert windows(range(10), 3, 9).shape == (3, 3)
-    assert windows(range(10), 3, 0).shape == (0, 3)
     assert windows(range(2), 3).shape == (0, 3)
     assert windows([], 3).dtype == torch.long
     assert windows(range(5), 3, start=[9]).tolist() == [[9, 0, 1], [9, 2, 3]]

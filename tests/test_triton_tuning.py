@@ -119,6 +119,11 @@ def test_wrong_numbers_are_not_measured() -> None:
         off[:16] = 0  # a tile was left out
         assert agree(right, right) and agree(nearly.to(dtype), right)
         assert not agree(spoiled, right) and not agree(off, right)
+        x, w = torch.randn(64, 4096, dtype=torch.float64).to(dtype), torch.randn(4096, 32, dtype=torch.float64).to(dtype)
+        product = x.double() @ w.double()
+        without_a_block = x[:, :-64].double() @ w[:-64].double()
+        assert agree((x.float() @ w.float()).to(dtype), product.to(dtype))
+        assert not agree(without_a_block.to(dtype), product.to(dtype))
     small = replace(SPEC, hidden_size=32, expert_width=16, experts=4, top_k=2, dtype="float32")
     on_device = OnDevice(small, "cpu", lambda run: 1.0)
     wrong: list[bool] = []

@@ -21,6 +21,7 @@ from moecompile.choice import centred_scores, oracle_loss
 from moecompile.errors import InputError
 from moecompile.parity import evaluating
 from moecompile.products import blocked
+from moecompile.recipes import Calibrated
 from moecompile.tuning import TuneConfig, share_tensors
 from moecompile.tuning.data import Windows
 
@@ -230,11 +231,33 @@ def test_shared_tensors_are_held_once() -> None:
 
 
 def test_a_model_whose_attention_was_tuned_is_still_that_dense_models() -> None:
-    dense, moe = pair()
-    moecompile.tune(moe, dense, batches(2), TuneConfig(stages=("experts", "attention", "norms"), learning_rate=1e-3))
-    assert share_tensors(moe, dense, TuneConfig(), tuned=("experts", "attention", "norms")) > 0
+    from moecompile.cli.tune import _stages
+
+    changes = {"vocab_size": 99, "num_attention_heads": 16, "head_dim": 16}  # most of what is left is attention's
+    dense = dense_model(**changes)
+    moe = moecompile.convert(dense, Calibrated(6, 2, 2, precision="float32"), [{"input_ids": r} for r in batches(4, 11)])
+    stages = ("experts", "attention", "norms")
+    moecompile.tune(moe, dense, batches(2), TuneConfig(stages=stages, learning_rate=1e-3))
     with pytest.raises(InputError, match="not the one"):
-        share_tensors(moe, dense_model(seed=5), TuneConfig(), tuned=("experts", "attention", "norms"))
+        share_tensors(moe, dense, TuneConfig())
+    tuned = _stages({"tuning": [{"stage": ["router"]}, {"stage": list(stages)}]})
+    assert tuned == {"router", *stages} and share_tensors(moe, dense, TuneConfig(), tuned) > 0
+    with pytest.raises(InputError, match="not the one"):
+        share_tensors(moe, dense_model(seed=5, **changes), TuneConfig(), tuned)
+
+
+def test_the_dense_model_can_be_asked_between_the_steps() -> None:
+    dense, moe = pair()
+    rows = batches(1)[0]
+    padded = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    padded["attention_mask"][:, -4:] = 0
+    asked = []
+
+    def on_step(done: int, row: dict[str, float]) -> None:
+        asked.append(dense(input_ids=rows[:1, :7]).logits.shape)
+
+    moecompile.tune(moe, dense, [padded], TuneConfig(oracle_weight=0.1), steps=2, on_step=on_step)
+    assert len(asked) == 2
 
 
 def test_a_model_in_training_with_dropout() -> None:

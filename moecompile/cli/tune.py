@@ -239,7 +239,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _stages(record: dict[str, Any]) -> set[str]:
     """What earlier runs have trained."""
-    return {stage for run in record.get("tuning", ()) for stage in run.get("stages", ())}
+    return {stage for run in record.get("tuning", ()) for stage in run.get("stage", ())}
 
 
 def _before(folder: Path, moe: nn.Module, dense: nn.Module, rows: Tensor, progress: Progress) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from ..passes.nodes import writes
 from . import nodes as N
 
 if TYPE_CHECKING:
@@ -69,15 +70,15 @@ def _other_term(add: fx.Node, node: fx.Node) -> fx.Node | None:
 
 
 def _step(node: fx.Node) -> list[fx.Node]:
-    """The operators that make another tensor of a node's shape out of it and of parameters alone, and whose last value is all
-    that is read of them; none if there are none."""
+    """The operators that make another tensor of a node's shape out of it and of parameters, token by token, and whose last value is
+    all that is read of them; none if there are none."""
     made: list[fx.Node] = []
     inside, constant = {node}, dict[fx.Node, bool]()
     for user in _after(node):
         if inside.isdisjoint(user.all_input_nodes) or user.target in N.ASSERTS:
             continue
         beside = [each for each in user.all_input_nodes if each not in inside]
-        if user.op != "call_function" or not all(_is_constant(each, constant) for each in beside):
+        if not _by_token(user) or not all(_is_constant(each, constant) and _for_any_token(each) for each in beside):
             return []
         inside.add(user)
         made.append(user)
@@ -86,6 +87,23 @@ def _step(node: fx.Node) -> list[fx.Node]:
         if len(made) == _MOST:
             return []
     return []
+
+
+def _by_token(node: fx.Node) -> bool:
+    """Whether an operator computes each token for itself, wherever it stands, and writes nowhere."""
+    if not isinstance(node.target, torch._ops.OpOverload) or writes(node):
+        return False
+    if N.passes_on(node) or torch.Tag.pointwise in node.target.tags:
+        return True
+    if node.target is torch.ops.aten.rms_norm.default:
+        return len(node.args[1]) == 1  # type: ignore[arg-type]
+    return node.target is torch.ops.aten.mean.dim and node.args[1:3] == ([-1], True)
+
+
+def _for_any_token(constant: fx.Node) -> bool:
+    """Whether a constant has one number, or one for each channel."""
+    value = N.value_of(constant)
+    return value is not None and value.numel() in (1, value.shape[-1] if value.dim() else 1)
 
 
 def _is_constant(node: fx.Node, known: dict[fx.Node, bool]) -> bool:

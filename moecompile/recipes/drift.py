@@ -41,25 +41,27 @@ def repaired(dense: Stream, moe: Stream, number: int, y: Tensor, share: float) -
             return y
         token, channel = scales
         small = _SMALL * channel.abs().median()
-        drift = drift.div_(token[:, None]).mul_(channel / (channel.square() + small.square()))
+        drift.mul_(torch.where(token == 0, token, 1 / token)[:, None])
+        drift.mul_(channel / (channel.square() + small.square()).clamp_min(1e-30))
     return y + clipped(share * drift, y)
 
 
 def factors(y: Tensor, added: Tensor) -> tuple[Tensor, Tensor] | None:
-    """a (T,) and g (D,) of ``added`` = a g y, both (T, D) float32; None where it is something else."""
-    whole = torch.nonzero((y != 0).all(1) & (added != 0).all(1)).flatten()
-    if len(whole) < 2:
+    """a (T,) and g (D,) of ``added`` = a g y, both (T, D), 0 where nothing is added; None where it is something else."""
+    live = (added != 0).any(0)
+    whole = torch.nonzero(((y != 0) & (added != 0) | ~live).all(1)).flatten()
+    if len(whole) < 2 or not bool(live.any()):
         return None
     some = whole[torch.linspace(0, len(whole) - 1, min(_SAMPLE, len(whole)), device=whole.device).round().long()]
-    ratio = added[some].double() / y[some].double()
+    ratio = added[some][:, live].double() / y[some][:, live].double()
     ratio /= ratio.norm(dim=1, keepdim=True)  # tokens' sizes differ by orders of magnitude
     _, size, right = torch.linalg.svd(ratio, full_matrices=False)
     if not float(size[1:].norm()) <= _EXACT * float(size[0]):
         return None
-    channel = right[0].to(y.dtype)
+    channel = torch.zeros_like(y[0]).masked_scatter(live, right[0].to(y.dtype))
     scaled = y * channel
     token = (added * scaled).sum(1) / scaled.square().sum(1).clamp_min(1e-30)
-    return (token, channel) if bool(token.isfinite().all() and (token != 0).all()) else None
+    return (token, channel) if bool(token.isfinite().all()) else None
 
 
 def clipped(correction: Tensor, output: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class Distiller(nn.Module):
         self._inside.clear()
         weight = self.config.oracle_weight if targets.front is None else self.config.front_weight
         loss = main + self.config.layer_weight * layer + weight * router
-        return torch.stack([loss, kl, label, layer.detach(), router.detach()]) * _share(mask)
+        return torch.stack([loss, kl, label, layer.detach(), router.detach()]) * _share(inputs)
 
     def _front_alone(self, inputs: Mapping[str, Tensor]) -> Tensor:
         front = front_of(self.student)
@@ -105,7 +105,7 @@ class Distiller(nn.Module):
         real = slice(None) if mask is None else mask.bool().flatten()
         loss = front_loss(scores[real], wanted[real], max(self._top_k.values()))
         zero = loss.new_zeros(())
-        return torch.stack([loss, zero, zero, zero, loss.detach()]) * _share(real_tokens(inputs))
+        return torch.stack([loss, zero, zero, zero, loss.detach()]) * _share(inputs)
 
 
 def front_loss(scores: Tensor, targets: Tensor, top_k: int) -> Tensor:
@@ -116,12 +116,11 @@ def front_loss(scores: Tensor, targets: Tensor, top_k: int) -> Tensor:
     return loss_of(scores, wanted, options)
 
 
-def _share(real: Tensor | None) -> Tensor | float:
+def _share(inputs: Mapping[str, Tensor]) -> Tensor:
     """This process's real tokens over the mean of all processes: gradients are averaged, each process's loss is a mean."""
-    if real is None:
-        return 1.0
-    own = real.sum().float()
-    return own / mean(own.clone())
+    ids, real = inputs["input_ids"], real_tokens(inputs)
+    own = torch.full((), ids.numel(), device=ids.device).float() if real is None else real.sum().float()
+    return own / mean(own.clone()).clamp_min(1.0)
 
 
 def next_words(inputs: Mapping[str, Tensor]) -> Tensor:

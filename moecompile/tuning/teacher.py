@@ -6,7 +6,8 @@ One forward pass without gradients for each batch gives all three. Tensors that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +151,7 @@ class Teacher(nn.Module):
         self._amplitudes: dict[str, Tensor] = {}
         self._front: list[Tensor] = []
         self._real: Tensor | None = None  # (T,) bool: what is not padding
+        self._measuring = False  # hooks are deaf to what others ask of the dense model
         self._oracle = self._counting = oracle
         self._aligned = plan.pregate is not None and plan.pregate.groups == 1
         self._hooks: list[Any] = []
@@ -171,7 +173,7 @@ class Teacher(nn.Module):
         member = membership(site.choosable, site.site.intermediate_size)
 
         def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if self._counting:
+            if self._counting and self._measuring:
                 h = inputs[0].reshape(-1, inputs[0].shape[-1])  # [T, F]
                 if self._aligned:
                     self._front.append(overlaps(h, member.to(h.device), Distillation().active))
@@ -192,6 +194,8 @@ class Teacher(nn.Module):
             owner[list(neurons)] = number
 
         def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not self._measuring:
+                return
             h = inputs[0].reshape(-1, inputs[0].shape[-1]).float()  # [T, F]
             weight: Tensor = module.weight  # type: ignore[assignment]
             size = weight.float().square().sum(1 if site.site.down.transposed else 0)  # [F]
@@ -206,6 +210,14 @@ class Teacher(nn.Module):
         rows = h if self._real is None else h[self._real]
         return mean(rows.sum(0)) / mean(h.new_tensor(max(len(rows), 1)))
 
+    @contextmanager
+    def _watching(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+        self._real, self._measuring = real_tokens(inputs), True
+        try:
+            yield
+        finally:
+            self._real, self._measuring = None, False
+
     def close(self) -> None:
         """Leave the dense model as it was."""
         for hook in self._hooks:
@@ -215,8 +227,7 @@ class Teacher(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor], dtype: torch.dtype, positions: slice = slice(None)) -> Targets:
         """The targets of a batch; the distribution only at some of the positions that are not padding."""
         self._amplitudes, self._front = {}, []
-        self._real = real_tokens(inputs)
-        with self._inside.collecting():
+        with self._inside.collecting(), self._watching(inputs):
             hidden = hidden_states(self.dense, inputs)
         rows = unpadded(hidden, inputs)[positions]
         ids, logp = top_log_probabilities(rows, head_of(self.dense, dtype), self.top)
@@ -229,8 +240,8 @@ class Teacher(nn.Module):
     def front(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The targets of a router at the front alone, without the head."""
         self._front, self._counting = [], True
-        self._real = real_tokens(inputs)
-        hidden_states(self.dense, inputs)
+        with self._watching(inputs):
+            hidden_states(self.dense, inputs)
         self._counting = self._oracle
         found = self._front_targets()
         assert found is not None
