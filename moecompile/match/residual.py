@@ -70,8 +70,8 @@ def _other_term(add: fx.Node, node: fx.Node) -> fx.Node | None:
 
 
 def _step(node: fx.Node) -> list[fx.Node]:
-    """The operators that make another tensor of a node's shape out of it and of parameters, token by token, and whose last value is
-    all that is read of them; none if there are none."""
+    """The operators that make another tensor of a node's shape out of it and of parameters, token by token; all that is read of
+    them is the last value. None if there are none."""
     made: list[fx.Node] = []
     inside, constant = {node}, dict[fx.Node, bool]()
     for user in _after(node):

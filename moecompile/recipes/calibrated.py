@@ -22,7 +22,7 @@ docs/quality.md holds what was tried.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +38,7 @@ from .base import Context, Recipe, check_counts, planner
 from .drift import repaired
 from .final_norm import FinalNorm, find_final_norm, refit_final_norm
 from .neurons import token_weights
-from .refit import CHUNK, Mask, idle_means, neuron_mask, refit_down
+from .refit import CHUNK, Mask, idle_means, in_chunks, neuron_mask, refit_down
 from .routing import fit_router, route
 from .survey import BUDGETS, Split, survey
 
@@ -137,14 +137,6 @@ def _precision(recipe: Calibrated, context: Context) -> str:
     if recipe.precision == "auto" and weights.dtype != torch.float32:
         return "float32"
     return str(compute_dtype(recipe.precision, weights.device)).removeprefix("torch.")
-
-
-def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """``function``, (tokens, D) -> (tokens, width), of x (T, D) cast to ``dtype``; float32."""
-    found = torch.empty(len(x), width, device=x.device)
-    for start in range(0, len(x), CHUNK):
-        found[start : start + CHUNK] = function(x[start : start + CHUNK].to(dtype))
-    return found
 
 
 def _plan_site(

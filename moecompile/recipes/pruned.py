@@ -16,9 +16,7 @@ from ..sites import DenseFFN
 from ..stream import Stream
 from .base import Context, Recipe, check_fraction, planner
 from .neurons import token_weights
-from .refit import refit_down
-
-_CHUNK = 4096
+from .refit import CHUNK, in_chunks, refit_down
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,21 @@ class _Statistics:
 
 def _statistics(hidden: Tensor, down: Tensor, weights: Tensor | None = None) -> _Statistics:
     """Of hidden activations (T, F) and a down projection (D, F), in float32; tokens weighted by (T,) or alike."""
-    h = hidden.float()
+    h = hidden
     share = torch.full((len(h),), 1.0 / len(h), device=h.device) if weights is None else weights / weights.sum()
     scale = down.float().square().sum(0)
     mean = share @ h
-    return _Statistics(mean, (share @ h.square()) * scale, (share @ (h - mean).square()) * scale)
+    energy, fluctuation = torch.zeros_like(mean), torch.zeros_like(mean)
+    for weight, rows in zip(share.split(CHUNK), h.split(CHUNK), strict=True):
+        energy += weight @ rows.square()
+        fluctuation += weight @ (rows - mean).square()
+    return _Statistics(mean, energy * scale, fluctuation * scale)
+
+
+def _activity(dense: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden activations (T, F) and outputs (T, D), float32; what else it takes is held for a chunk of tokens alone."""
+    hidden = in_chunks(dense.hidden, x, dense.site.intermediate_size, dense.up.dtype)
+    return hidden, in_chunks(dense.output, hidden, dense.site.hidden_size, dense.up.dtype)
 
 
 def _site_plan(match_site, keep: Tensor, fitted: tuple[str, ...]) -> SitePlan:  # type: ignore[no-untyped-def]
@@ -93,9 +101,7 @@ def plan_static(recipe: Static, context: Context) -> MoEPlan:
     stream = Stream(context.captured, context.matches, context.batches)
     for number, (match, inputs) in enumerate(context.progress.over(stream, "static mask", len(context.matches))):
         site, dense = match.site, DenseFFN.read(match.site, context.captured.module)
-        x = stream.tokens(number, inputs)
-        h = dense.hidden(x)
-        y = dense.output(h)
+        h, y = _activity(dense, stream.tokens(number, inputs))
         statistics = _statistics(h, dense.down)
         keep = torch.zeros(site.intermediate_size, dtype=torch.bool)
         keep[statistics.energy.topk(_kept(recipe.active_fraction, site.intermediate_size)).indices.cpu()] = True
@@ -105,15 +111,15 @@ def plan_static(recipe: Static, context: Context) -> MoEPlan:
             means = torch.where(keep, 0.0, statistics.mean.cpu())
             tensors[f"{site.name}/{MEANS}"] = means
             if recipe.compensation == "refit":
-                rows = keep.to(h).expand(_CHUNK, -1)
+                rows = keep.to(h).expand(CHUNK, -1)
                 bias = None if dense.down_bias is None else dense.down_bias.float()
                 down, constant = refit_down(
-                    h.float(),
+                    h,
                     lambda start, stop, rows=rows: rows[: stop - start],  # type: ignore[misc]
                     means.to(h.device),
                     dense.down.float(),
                     bias,
-                    y.float(),
+                    y,
                     torch.ones(len(h), device=h.device),
                 )
                 tensors[f"{site.name}/{DOWN}"], tensors[f"{site.name}/{BIAS}"] = down.cpu(), constant.cpu()
@@ -130,9 +136,8 @@ def plan_flap(recipe: Flap, context: Context) -> MoEPlan:
     found: list[_Statistics] = []
     for number, (match, inputs) in enumerate(context.progress.over(stream, "FLAP statistics", len(context.matches))):
         dense = DenseFFN.read(match.site, context.captured.module)
-        h = dense.hidden(stream.tokens(number, inputs))
-        y = dense.output(h)
-        weights = None if recipe.plain_statistics else token_weights(y.float().norm(dim=1))
+        h, y = _activity(dense, stream.tokens(number, inputs))
+        weights = None if recipe.plain_statistics else token_weights(y.norm(dim=1))
         found.append(_statistics(h, dense.down, weights))
         stream.feed(lambda rows, dense=dense: dense.output(dense.hidden(rows)), y)  # type: ignore[misc]
     scores = [(s.fluctuation - s.fluctuation.mean()) / s.fluctuation.std().clamp_min(1e-12) for s in found]

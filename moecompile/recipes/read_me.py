@@ -24,11 +24,11 @@ from ..sites import DenseFFN
 from ..stream import Stream
 from ..targets import collect_targets, membership
 from .base import Context, Recipe, check_counts, check_fraction, planner
-from .calibrated import in_chunks, masked_outputs
+from .calibrated import masked_outputs
 from .domains import RANKINGS, domain_experts, survey_domains
 from .drift import repaired
 from .neurons import token_weights
-from .refit import Mask, idle_means, refit_down
+from .refit import Mask, idle_means, in_chunks, refit_down
 from .survey import BUDGETS, split_neurons
 
 _DISJOINT = (48, 16, 16)

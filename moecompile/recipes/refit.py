@@ -25,6 +25,14 @@ _FLOOR = 1e-5  # of the mean second moment, for neurons that are never active
 Mask = Callable[[int, int], Tensor]
 
 
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """``function``, (tokens, D) -> (tokens, width), of x (T, D) cast to ``dtype``; float32."""
+    found = torch.empty(len(x), width, device=x.device)
+    for start in range(0, len(x), CHUNK):
+        found[start : start + CHUNK] = function(x[start : start + CHUNK].to(dtype))
+    return found
+
+
 def neuron_mask(chosen: Tensor, experts: Sequence[Sequence[int]], width: int) -> Mask:
     """From the (T, N) bool choice of experts to (tokens, F) float masks of active neurons, a chunk at a time."""
     owner = torch.full((width,), len(experts), dtype=torch.long, device=chosen.device)  # the extra column is always on
