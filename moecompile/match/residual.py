@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ..passes.nodes import writes
 from . import nodes as N
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def _step(node: fx.Node) -> list[fx.Node]:
 
 def _by_token(node: fx.Node) -> bool:
     """Whether an operator computes each token for itself, wherever it stands, and writes nowhere."""
-    if not isinstance(node.target, torch._ops.OpOverload) or writes(node):
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False
     if N.passes_on(node) or torch.Tag.pointwise in node.target.tags:
         return True
