@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from families import BY_NAME, FAMILIES, Family, batch_of
 from moecompile.codegen import ExpertKernelSpec
 
 import moecompile
+from moecompile.checkpoint import cast_weights
 from moecompile.conversion import convert_with_record
+from moecompile.costs import as_stored
 from moecompile.recipes import Contiguous, Flap
 
 # An H200: 790 TFLOP/s in bfloat16 and 4.3 TB/s, both measured; microseconds at T = 1, 64, 4096.
@@ -39,6 +42,14 @@ def test_costs_of_a_family(family: Family) -> None:
     assert costs["ffn_parameters"] == family.ffns * matrices * 32 * family.width
     assert costs["flops_per_token"] == 2 * costs["ffn_parameters"]
     assert costs["parameters"] == sum(p.numel() for p in dense.parameters())
+
+
+def test_costs_are_of_what_is_stored() -> None:
+    conversion = convert_with_record(BY_NAME["llama"].build(), Contiguous(4, 0, 2))
+    module = cast_weights(conversion.module, torch.bfloat16)
+    costs = as_stored(conversion.costs, module, torch.float32)
+    assert costs["bytes"] == sum(p.numel() * 2 for p in module.parameters()) and costs["bytes"] * 2 == conversion.costs["bytes"]
+    assert costs["bytes_dense"] * 2 == conversion.costs["bytes_dense"]
 
 
 def test_costs_of_a_conversion() -> None:

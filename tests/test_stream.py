@@ -11,8 +11,10 @@ from families import BY_NAME
 from torch import Tensor, nn
 
 import moecompile
+from moecompile.apply import moe_blocks
 from moecompile.conversion import capture_inputs, find_ffns
-from moecompile.recipes import Calibrated
+from moecompile.diagnose import layer_rows
+from moecompile.recipes import Calibrated, RandomSplit
 from moecompile.recipes.drift import factors, repaired
 from moecompile.sites import DenseFFN
 from moecompile.stream import Stream
@@ -235,6 +237,18 @@ def test_what_is_repaired_of_the_drift(family: str) -> None:
     assert len(kept) > len(y) // 2
     error = (gained - wanted)[kept].norm() / wanted[kept].norm()
     assert float(error) < (0.6 if family == "gemma2" else 0.05)  # a norm takes part of it out with the token's size
+
+
+def test_errors_of_float16_are_no_zeros() -> None:
+    """The norm of a text's outputs is beyond float16: an error over it was 0, whatever the block did."""
+    dense = BY_NAME["llama"].build().half()
+    with torch.no_grad():
+        for layer in dense.model.layers:
+            layer.mlp.down_proj.weight.mul_(1e5)
+    moe = moecompile.convert(dense, RandomSplit(4, 0, 2))
+    captured, matched = find_ffns(dense, _batches()[0])
+    rows = layer_rows(captured, matched.matches, lambda number, _: list(moe_blocks(moe).values())[number], _batches())
+    assert all(row["top_k"] > 0.05 for row in rows), rows
 
 
 def test_factors_of_a_norm_and_of_nothing_else() -> None:
