@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from . import logs
 from .apply import moe_blocks
-from .backend import Backend, CompileOptions
+from .backend import Backend, CompileOptions, collect_again
 from .checking import check_blocks
 from .codegen import operators, packing, stored, triton_backend
 from .conversion import convert
@@ -162,10 +162,7 @@ class _CollectorPaused:
         self._calls -= 1
         if self._paused and not self._calls:
             self._paused = 0
-            if not gc.get_freeze_count():  # what was made meanwhile is old at once: it is alive, and walking it takes .4 s
-                gc.freeze()
-                gc.unfreeze()
-            gc.enable()
+            collect_again()
             torch._dynamo.config.run_gc_after_compile = self._afterwards
 
     def _start(self, _: object = None) -> None:

@@ -52,7 +52,7 @@ class Schedule:
         segments: list[list[fx.Node]] = []
         done: set[fx.Node] = set()
         if touched:
-            wanted = [*_output(graph).all_input_nodes, *(node for goal in goals for node in goal)]
+            wanted = [*graph.output_node().all_input_nodes, *(node for goal in goals for node in goal)]
             alive = sorted(_needed(graph, wanted, outputs, outputs), key=order.__getitem__)
             for number, goal in enumerate(goals):
                 end = max([order[match.out] for match in matches[number : number + 1]] + [order[node] + 1 for node in goal])
@@ -62,7 +62,7 @@ class Schedule:
                     (segment.append if waiting.isdisjoint(node.all_input_nodes) else waiting.add)(node)
                 segments.append(segment)
                 done.update(segment)
-            readers: Iterable[fx.Node] = [*alive, _output(graph)]
+            readers: Iterable[fx.Node] = [*alive, graph.output_node()]
         else:
             for goal in goals:
                 needed = _needed(graph, goal, done | set(outputs))
@@ -100,13 +100,9 @@ class Schedule:
         known, outputs = set(values), [match.out for match in self.matches]
         if self.writes:  # what has run must not run again, its value kept or not
             known.update(outputs[: position + 1], *self.segments[: position + 1])
-        wanted = _output(self.graph).all_input_nodes
+        wanted = self.graph.output_node().all_input_nodes
         needed = _needed(self.graph, wanted, known, outputs if self.writes else None)
         return [node for node in self.graph.nodes if node in needed]
-
-
-def _output(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op == "output")
 
 
 def _needed(

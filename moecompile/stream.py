@@ -182,7 +182,7 @@ class Stream:
         """
         match = self.matches[self._position]
         values = self._apart({**self._inputs[index], **self._states[index], match.out: ffn_output})
-        output = next(node for node in self.captured.graph_module.graph.nodes if node.op == "output")
+        output = self.captured.graph_module.graph.output_node()
         order = self._schedule.rest(self._position, values)
         computed = set(order)
         last = {source: node for node in order for source in node.all_input_nodes if source in computed}

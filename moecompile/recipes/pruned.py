@@ -65,9 +65,8 @@ class _Statistics:
     fluctuation: Tensor  # [F], Var[h] |w|^2
 
 
-def _statistics(hidden: Tensor, down: Tensor, weights: Tensor | None = None) -> _Statistics:
-    """Of hidden activations (T, F) and a down projection (D, F), in float32; tokens weighted by (T,) or alike."""
-    h = hidden
+def _statistics(h: Tensor, down: Tensor, weights: Tensor | None = None) -> _Statistics:
+    """Of hidden activations (T, F), float32, and a down projection (D, F); tokens weighted by (T,) or alike."""
     share = torch.full((len(h),), 1.0 / len(h), device=h.device) if weights is None else weights / weights.sum()
     scale = down.float().square().sum(0)
     mean = share @ h

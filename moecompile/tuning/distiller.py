@@ -98,11 +98,11 @@ class Distiller(nn.Module):
     def _front_alone(self, inputs: Mapping[str, Tensor]) -> Tensor:
         front = front_of(self.student)
         assert front is not None
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        ids, mask = inputs["input_ids"], real_tokens(inputs)
         with multiplying(self.dtype, ids.device):
             wanted = self.teacher.front(inputs)
-            scores = front.router(front.tokens(self.student, ids), mask)
-        real = slice(None) if mask is None else mask.bool().flatten()
+            scores = front.router(front.tokens(self.student, ids), inputs.get("attention_mask"))
+        real = slice(None) if mask is None else mask
         loss = front_loss(scores[real], wanted[real], max(self._top_k.values()))
         zero = loss.new_zeros(())
         return torch.stack([loss, zero, zero, zero, loss.detach()]) * _share(inputs)

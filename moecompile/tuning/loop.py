@@ -100,7 +100,8 @@ def tune(
         raise InputError(f"--rounds is {config.rounds}, but there are {steps} steps: a round takes two at least")
     device = next(moe.parameters()).device
     _check_routers(moe, config)
-    settings = json.loads(json.dumps({"config": config.to_dict(), "steps": steps, "model": _mark(moe), **(facts or {})}))
+    start = {} if folder is None else {"model": _mark(moe)}  # what nobody goes on from needs none
+    settings = json.loads(json.dumps({"config": config.to_dict(), "steps": steps, **start, **(facts or {})}))
     states = [(parameter, parameter.requires_grad, parameter.dtype) for parameter in moe.parameters()]
     frozen = [(parameter, parameter.requires_grad) for parameter in dense.parameters()]
     narrow: list[tuple[Tensor, torch.dtype]] = []
@@ -178,10 +179,10 @@ class _Run:
         self.student = student
         self.inside = Inside()
         blocks = moe_blocks(student)
-        if any(block.neuron is not None for block in blocks.values()) and count > 1:
-            raise InputError("experts that overlap are tuned by one process: a neuron's copies may lie on several")
         self.main = rank == 0
         self.tied = any(block.neuron is not None for block in blocks.values())
+        if self.tied and count > 1:
+            raise InputError("experts that overlap are tuned by one process: a neuron's copies may lie on several")
         plan = moe.moecompile_plan  # type: ignore[union-attr]
         self.front = front_of(student) is not None
         oracle = config.oracle_weight > 0
