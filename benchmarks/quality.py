@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
                       help=f"of: {', '.join(VARIANTS)}")  # fmt: skip
     made.add_argument("--folders", nargs="+", default=[], metavar="NAME=FOLDER", help="converted or tuned folders as more rows")
     made.add_argument("--prefix", type=int, default=0, help="measure the phase dial with a dense prefix of so many tokens")
+    made.add_argument("--compile", action="store_true", help="measure each model compiled: for many windows")
     made.add_argument("--table", action="store_true", help="measure nothing, write table and chart from the rows there are")
     made.add_argument("--quiet", action="store_true", help="no progress on stderr")
     made.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
@@ -150,6 +151,7 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
         "calibration_weights": options.calibration_weights,
         "prefix": options.prefix,
         "dial": [name for name, variant in VARIANTS.items() if variant.dial] if options.prefix else [],
+        "compile": options.compile,
         "quiet": options.quiet,
         "recipe": None, "settings": {}, "seed": None, "fraction": None, "folder": None,
     }  # fmt: skip

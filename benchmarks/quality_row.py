@@ -130,11 +130,14 @@ class Job:
         }
 
     def _row(self, name: str, model: nn.Module, **facts: Any) -> dict[str, Any]:
+        if self.job["compile"]:
+            model = moecompile.compile(model)
         found = {corpus: perplexity(model, rows, progress=self.progress) for corpus, rows in self.windows.items()}
         row: dict[str, Any] = {
             "variant": name,
             **{key: self.job[key] for key in ("fraction", "seed", "recipe", "settings")},
             **facts,
+            **({"compiled": True} if self.job["compile"] else {}),
             "perplexity": {corpus: measured["perplexity"] for corpus, measured in found.items()},
             "seconds": round(sum(measured["seconds"] for measured in found.values()), 1),
         }

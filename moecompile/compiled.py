@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from . import logs
 from .apply import moe_blocks
-from .backend import Backend, CompileOptions, collect_again
+from .backend import Backend, CompileOptions
 from .checking import check_blocks
 from .codegen import operators, packing, stored, triton_backend
 from .conversion import convert
@@ -34,6 +34,7 @@ from .plans import MoEPlan
 from .recipes import Recipe
 from .records import GraphRecord
 from .stock import ExpertsSwitch, stock_experts
+from .tracing import spared, static_floats
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class Compilation:
             self._load_ahead()
             variant = self._variants[key] = self._compile()
         try:
-            with self._switch, _breaks_told(self), _static_floats(), _collector:
+            with self._switch, _breaks_told(self), static_floats(), spared:
                 return _settled(variant(*args, **kwargs))
         except Exception as error:  # TorchDynamo wraps what its backend raises
             inner = getattr(error, "inner_exception", None)
@@ -123,57 +124,19 @@ class Compilation:
         return torch.compile(own, backend=self.backend, fullgraph=self.options.fullgraph, dynamic=self.dynamic)
 
 
-def _static_floats() -> Any:
-    """TorchDynamo with floats of the model's code as constants: symbolic ones make it trace every graph twice (30 s of 75 on a
-    model of 30 layers)."""
-    from torch._dynamo import config
-
-    return config.patch(specialize_float=True)
-
-
 def _trained() -> set[int]:
     """The identities of the parameters of which an optimizer holds state."""
-    found = [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)]
+    kinds = {torch.optim.Optimizer}
+    while more := {kind for each in kinds for kind in type.__subclasses__(each)} - kinds:
+        kinds |= more
+    numbers = set(map(id, kinds))
+    found = [each for each in gc.get_objects() if id(type(each)) in numbers]  # of a million: subclasses are asked for once
     return {id(parameter) for optimizer in found for parameter in optimizer.state}
 
 
 def _load_operators() -> None:
     with contextlib.suppress(operators.Unavailable):  # the passes say so
         operators.load()
-
-
-class _CollectorPaused:
-    """No garbage collection from the moment that something is compiled within a call until the call returns: walking the model,
-    TorchDynamo's state and the graphs again and again, and once more by TorchDynamo itself, takes an eighth of the time."""
-
-    def __init__(self) -> None:
-        self._calls = self._paused = 0
-        self._registered = self._afterwards = False
-
-    def __enter__(self) -> None:
-        if not self._registered:
-            from torch._dynamo.callback import on_compile_start
-
-            on_compile_start(self._start)
-            self._registered = True
-        self._calls += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._calls -= 1
-        if self._paused and not self._calls:
-            self._paused = 0
-            collect_again()
-            torch._dynamo.config.run_gc_after_compile = self._afterwards
-
-    def _start(self, _: object = None) -> None:
-        if self._calls and gc.isenabled():
-            gc.disable()
-            self._paused = 1
-            self._afterwards = torch._dynamo.config.run_gc_after_compile
-            torch._dynamo.config.run_gc_after_compile = False
-
-
-_collector = _CollectorPaused()
 
 
 def _settled(outputs: Any) -> Any:

@@ -464,6 +464,13 @@ def test_eval_for_people(routed: Path, text: Path, capsys: pytest.CaptureFixture
     assert err == ""
 
 
+def test_eval_compiled(run: Run, routed: Path, text: Path) -> None:
+    options = ("--text", text, "--window", WINDOW, "--max-windows", 2, "--no-record")
+    eager, compiled = run("eval", routed, *options), run("eval", routed, *options, "--compile")
+    assert compiled["compile"] is True and "compile" not in eager
+    assert compiled["perplexity"] == pytest.approx(eager["perplexity"], rel=1e-4)
+
+
 # Generate
 
 PROMPT = "the router sends every token"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..apply import moe_blocks, set_top_k
+from ..compiled import compile
 from ..errors import CheckpointError, InputError
 from ..evaluate import active_fraction, lambada, perplexity
 from ..hub import check_positions, check_tokens
@@ -47,6 +48,7 @@ def add(commands: Any) -> None:
         help="process the first P tokens of a window with all experts, score the rest",
     )
     sub.add_argument("--skip", type=int, default=0, metavar="P", help="score only what follows the first P tokens of a window")
+    sub.add_argument("--compile", action="store_true", help="compile the model first (a minute or two); pays for long texts")
     sub.add_argument("--no-record", action="store_true", help="do not add the figure to the converted folder's record")
     sub.set_defaults(run=run)
 
@@ -72,6 +74,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--dense-prefix is for a converted model; a dense one has no experts to switch")
     if options.top_k is not None:
         set_top_k(model, options.top_k)
+    if options.compile:
+        model = compile(model)
+        progress.say("compiling")
     if options.task == "lambada":
         measured = lambada(model, tokenizer, passages, progress=progress)
     else:
@@ -86,7 +91,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "active_fraction": round(active_fraction(model), 6),
         "top_k": _common_top_k(model),
     }
-    for name in ("dense_prefix", "skip"):
+    for name in ("dense_prefix", "skip", "compile"):
         if getattr(options, name):
             result[name] = getattr(options, name)
     if converted and not options.no_record:
