@@ -75,6 +75,20 @@ def test_few_experts_and_ends_of_the_dial_are_even() -> None:
     assert 13 in levels(40, 13) and max(levels(40, 13)) < 40
 
 
+@given(st.integers(32, 300), st.data())
+def test_every_layer_has_something_to_give(experts: int, data: st.DataObject) -> None:
+    """Below K as above it; without the first nobody could be given more."""
+    k = data.draw(st.integers(4, experts - experts // 12 - 1))
+    found = levels(experts, k)
+    assert found[0] < k < found[-1] and k in found and found[0] > 0 and found[-1] < experts
+    assert len(found) <= 22
+
+
+def test_a_small_share_is_spread_too() -> None:
+    counts = allocate([curve(e, 24, 216) for e in (4.0, 1.0, 0.1, 0.1)])
+    assert counts[0] > 24 > counts[2] and sum(counts) == 96
+
+
 def test_divergence_is_the_mean_kl_of_logits() -> None:
     torch.manual_seed(0)
     logits, other = torch.randn(2, 7, 11), torch.randn(2, 7, 11)

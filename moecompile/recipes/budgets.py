@@ -19,6 +19,7 @@ from torch import Tensor
 
 _FEWEST = 32  # with fewer experts a layer's steps would be coarse and the figures noisy: every layer gets the same
 _STEPS = 12  # levels of the dial, so that few different kernels are needed
+_LOWER = 4  # levels up to K where K is within the first two steps
 _EVERY = 4  # of a batch's positions one in four is compared: a language model's logits are large
 _ROWS = 512
 
@@ -50,11 +51,12 @@ def levels(experts: int, top_k: int) -> list[int]:
     All experts on is not among them: a layer without idle experts has nothing to route, and could not repair drift.
     """
     step = max(1, experts // _STEPS)
-    if experts < _FEWEST or not step < top_k < experts - step:
+    if experts < _FEWEST or not _LOWER <= top_k < experts - step:
         return [top_k]
-    lower = [top_k - i * step for i in range(top_k // step + 1) if top_k - i * step >= step]
-    upper = [top_k + i * step for i in range(1, _STEPS) if top_k + i * step < experts]
-    return sorted({*lower, *upper})
+    fine = step if top_k >= 2 * step else -(-top_k // _LOWER)  # what one layer gains others must be able to give
+    lower = [k for k in range(top_k, 0, -fine) if k >= fine]
+    near = [top_k + fine * 2**i for i in range(experts.bit_length()) if fine * 2**i < step]
+    return sorted({*lower, *near, *range(top_k + step, experts, step)})
 
 
 def allocate(curves: Sequence[Curve]) -> list[int]:
