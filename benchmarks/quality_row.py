@@ -15,7 +15,7 @@ from torch import nn
 
 import moecompile
 from moecompile import checkpoint
-from moecompile.apply import moe_blocks
+from moecompile.apply import moe_blocks, set_final_norm
 from moecompile.cli.common import peak_rss_bytes
 from moecompile.cli.convert import batched, held_windows
 from moecompile.conversion import convert_with_record
@@ -95,7 +95,9 @@ class Job:
                 continue
             row = self._row(name, done.module, **costs, compute_fraction=compute)
             if name in job["dial"]:
-                row["dial"] = self._dial(done.module, moecompile.convert(dense, done.plan.with_exact(True)))
+                exact = moecompile.convert(dense, done.plan.with_exact(True))
+                set_final_norm(exact, done.plan)  # what is scored comes behind the prefix, as sparse as beside it
+                row["dial"] = self._dial(done.module, exact)
             rows.append(row)
         return rows
 
@@ -144,6 +146,7 @@ class Job:
         if self.passages:
             measured = lambada(model, self.tokenizer, self.passages, progress=self.progress)
             row["lambada"], row["examples"] = measured["accuracy"], measured["examples"]
+            row["lambada_perplexity"] = measured["perplexity"]
             row["lambada_seconds"] = measured["seconds"]
         if name == "dense" and self.job["prefix"]:
             rows = next(iter(self.windows.values()))
