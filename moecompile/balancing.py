@@ -58,9 +58,10 @@ def balance(
         progress: shows how far the work is.
 
     Returns:
-        ``tokens, segment, cache`` and ``layers``: for each ``site, experts, top_k, usage, entropy, dead, srp, srp_size, sch,
-        sch_experts`` and, with the dense model, ``error_router, error_oracle, error_neurons, error_converted, routing_share,
-        granularity_share`` (of ``error_router``).
+        ``tokens, segment, cache`` and ``layers``: for each ``site, experts`` (that can be chosen), ``top_k, usage, entropy,
+        dead, srp, srp_size, sch, sch_experts`` and, with the dense model, ``error_router, error_oracle, error_neurons,
+        error_converted, routing_share, granularity_share`` (of ``error_router``; not where a router at the front decides, whose
+        experts may overlap).
 
     Raises:
         InputError: the model was not converted, or there are no batches.
@@ -72,34 +73,38 @@ def balance(
         raise InputError("there are no batches to measure on")
     blocks, layers = moe_blocks(moe), []
     routed = [(site, blocks[site.site.placement.block]) for site in plan.sites if site.site.placement is not None]
-    routed = [(site, block) for site, block in routed if block.router is not None and 0 < block.top_k < block.spec.experts]
+    routed = [(site, block) for site, block in routed if block.routes and 0 < block.top_k < block.spec.experts]
     facts = {"tokens": sum(batch["input_ids"].numel() for batch in batches), "segment": segment, "cache": cache}
     if not routed:
         return {**facts, "layers": []}
-    kept = _inputs(moe, [block for _, block in routed], batches)
+    kept = _choices(moe, [block for _, block in routed], batches, inputs=dense is not None)
     with evaluating(moe):
-        for (site, block), parts in zip((progress or Progress()).over(routed, "diagnosis"), kept, strict=True):
-            rows = [row for part in parts for row in part.reshape(-1, part.shape[-2], part.shape[-1])]
-            ids = [block.choose(row)[0] for row in rows]
-            layers.append({"site": site.site.name, **routing(ids, block.spec.experts, block.top_k, segment, cache)})
-            if dense is not None:
+        for (site, block), (ids, rows) in zip((progress or Progress()).over(routed, "diagnosis"), kept, strict=True):
+            layers.append({"site": site.site.name, **routing(ids, block.spec.choosable, block.top_k, segment, cache)})
+            if dense is not None and rows:
                 layers[-1] |= _errors(site, block, DenseFFN.read(site.site, dense), torch.cat(rows), torch.cat(ids))
-            parts.clear()
-    return {
-        "tokens": sum(batch["input_ids"].numel() for batch in batches),
-        "segment": segment,
-        "cache": cache,
-        "layers": layers,
-    }
+            rows.clear()
+    return {**facts, "layers": layers}
 
 
-def _inputs(moe: nn.Module, blocks: list[MoEFFN], batches: Sequence[Mapping[str, Tensor]]) -> list[list[Tensor]]:
-    """For each block its input (B, L, D) in every batch."""
-    kept: list[list[Tensor]] = [[] for _ in blocks]
-    hooks = [
-        block.register_forward_pre_hook(lambda _m, inputs, own=own: own.append(inputs[0].detach()))
-        for block, own in zip(blocks, kept, strict=True)
-    ]
+def _choices(
+    moe: nn.Module, blocks: list[MoEFFN], batches: Sequence[Mapping[str, Tensor]], inputs: bool
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """For each block, sequence by sequence, the chosen experts (L, K) and, where they are asked for and the block has a router
+    of its own, its inputs (L, D)."""
+    kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in blocks]
+    hooks = []
+    for block, own in zip(blocks, kept, strict=True):
+
+        def look(module: nn.Module, args: Any, own: tuple[list[Tensor], list[Tensor]] = own) -> None:
+            assert isinstance(module, MoEFFN)
+            x = args[0].detach()
+            ids, _ = module.choose(x.reshape(-1, x.shape[-1]))  # one at the front has decided for this step alone
+            own[0].extend(ids.reshape(-1, x.shape[-2], ids.shape[-1]))
+            if inputs and module.routing is None:
+                own[1].extend(x.reshape(-1, x.shape[-2], x.shape[-1]))
+
+        hooks.append(block.register_forward_pre_hook(look))
     try:
         with evaluating(moe):
             for batch in batches:

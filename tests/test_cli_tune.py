@@ -228,8 +228,12 @@ def test_rounds_of_a_read_me_folder(
     assert tune(tmp_path / "moe", texts, *more) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["config"]["rounds"] == 2 and result["perplexity_after"] != result["perplexity_before"]
-    curve = json.loads((tmp_path / "moe" / "moecompile.json").read_text())["tuning"][0]["curve"]
+    record = json.loads((tmp_path / "moe" / "moecompile.json").read_text())
+    curve = record["tuning"][0]["curve"]
     assert [number for number, row in enumerate(curve) if "kl" not in row] == [0, 1, 2, 10, 11, 12]
+    layers = record["diagnosis"]["layers"]  # the router at the front decides for all of them
+    assert len(layers) == len(record["usage"]) == len(moecompile.moe_blocks(moecompile.load(tmp_path / "moe")))
+    assert all(sum(layer["usage"]) == pytest.approx(1.0, abs=1e-3) and layer["top_k"] == 1 for layer in layers)
     assert main(["report", str(tmp_path / "moe"), "--quiet"]) == 0
     assert tune(tmp_path / "moe", texts, "--rounds", 11, "--quiet") == 2
     assert "--rounds" in capsys.readouterr().err

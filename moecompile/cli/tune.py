@@ -206,7 +206,8 @@ def _tune(
         return {}
     some = rows[:: -(-len(rows) // _DIAGNOSED)]
     record["diagnosis"] = balance(moe, dense, [{"input_ids": row[None]} for row in some], progress=progress)
-    record["usage"] = [{"site": one["site"], "fraction": one["usage"]} for one in record["diagnosis"]["layers"]]
+    if layers := record["diagnosis"]["layers"]:
+        record["usage"] = [{"site": one["site"], "fraction": one["usage"]} for one in layers]
     result["seconds"] = round(time.perf_counter() - start, 3)
     result["peak_rss_bytes"] = peak_rss_bytes()
     record["tuning"] = [*record.get("tuning", ()), {**result, "curve": thinned(tuning.curve)}]

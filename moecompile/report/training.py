@@ -72,20 +72,22 @@ def diagnosis(record: Mapping[str, Any]) -> Section:
             return Section("diagnosis", title, [Block(sentence="There is no router, so there is nothing to diagnose.")])
         return Section("diagnosis", title, [Block(missing="Routing has not been diagnosed yet", command=TUNE)])
     names = [plain(layer.get("site")) for layer in layers]
-    segment, slots = plain(found.get("segment")), plain(layers[0].get("sch_experts"))
-    columns = ("site", "entropy", "dead", f"SRP, m = {segment}", "its experts", f"SCH, {slots} cached")
+    segment = plain(found.get("segment"))
+    columns = ("site", "entropy", "dead", f"SRP, m = {segment}", "its experts", "SCH", "its cache")
     rows = [
         (
             name, text.number(layer.get("entropy")), plain(layer.get("dead")), text.number(layer.get("srp")),
             plain(layer.get("srp_size")), text.percent(layer.get("sch")),
+            f"{plain(layer.get('sch_experts'))} of {plain(layer.get('experts'))}",
         )
         for name, layer in zip(names, layers, strict=True)
     ]  # fmt: skip
     sentence = (
         f"On {text.whole(found.get('tokens'))} tokens. SRP is the best F1 of having the same experts on for {segment} tokens "
-        f"in a row; SCH is the hit rate of the best cache that knows the next {segment} tokens (arXiv 2505.16056)."
+        f"in a row; SCH is the hit rate of the best cache of the size shown that knows the next {segment} tokens "
+        "(arXiv 2505.16056); where it holds them all, only first uses miss."
     )
-    blocks = [Block("Use and consistency", sentence, None, [Table("Routing by site", columns, rows, frozenset(range(1, 6)))])]
+    blocks = [Block("Use and consistency", sentence, None, [Table("Routing by site", columns, rows, frozenset(range(1, 7)))])]
     if any(finite(layer.get("error_router")) is not None for layer in layers):
         blocks.append(_shares(names, layers))
     return Section("diagnosis", title, blocks)
