@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch.utils import _pytree as pytree
 from . import logs
 from .backend import CompileOptions, through_inductor
 from .capture import normalise_inputs
+from .checking import largest_difference
 from .compiled import CompiledModule
 from .parity import tolerance_for
 from .passes.base import Pass, clone
-from .passes.pipeline import inference_passes
+from .passes.outline_layers import OutlineLayers
+from .passes.pipeline import closing_passes, inference_passes
 from .stock import ExpertsSwitch
 
 
@@ -32,7 +35,7 @@ class Step:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is within tolerance; NaN is not."""
+        """Whether the difference is within tolerance; infinite where a pass failed, or a number is NaN in one of the two."""
         return self.error <= self.allowed
 
 
@@ -58,24 +61,29 @@ class Bisection:
 
 
 @torch.no_grad()
-def bisect(model: nn.Module, inputs: Any = None, *, weights: str = "same", passes: Sequence[Pass] | None = None) -> Bisection:
+def bisect(
+    model: nn.Module, inputs: Any = None, *, weights: str | None = None, passes: Sequence[Pass] | None = None
+) -> Bisection:
     """Run a model once, each of its graphs behind every pass, and compare outputs.
 
     Args:
         model: compiled or not; for inference.
         inputs: as :func:`moecompile.capture.capture` takes them; guessed for transformers models.
-        weights: as of :func:`moecompile.compile`. ``int8`` differs from eager code by its rounding, and shows so.
+        weights: as of :func:`moecompile.compile`, by default what the model was compiled with. ``int8`` differs from eager
+            code by its rounding, and shows so.
         passes: another list than the pipeline's.
 
     Raises:
         CaptureError: the inputs cannot be guessed.
     """
+    options = CompileOptions()
     while isinstance(model, CompiledModule):
-        model = model._moecompile.target
+        options, model = model._moecompile.options, model._moecompile.target
+    options = replace(options, inductor=True, weights=options.weights if weights is None else weights)
     args, kwargs = normalise_inputs(model, inputs)
     steps: list[Step] = []
-    options = CompileOptions(weights=weights)
-    backend = _Bisecting(options, steps, list(passes) if passes is not None else inference_passes(weights))
+    own = [*inference_passes(options.weights), *closing_passes()]
+    backend = _Bisecting(options, steps, list(passes) if passes is not None else own)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
@@ -108,21 +116,25 @@ class _Bisecting:
     def _compare(self, number: int, graph_module: GraphModule, inputs: Sequence[Any]) -> None:
         reference = _floats(graph_module(*_copies(inputs)))
         allowed = tolerance_for(reference)
-        stage, skip = graph_module, logs.disabled()
+        stage = whole = graph_module
+        skip = logs.disabled()
         for step in self.passes:
             if step.name in skip:
                 continue
-            stage = step(stage).graph_module
+            try:
+                stage = step(stage).graph_module
+            except Exception as error:  # compiling leaves it out
+                logs.log("passes", f"{step.name} failed: {error}")
+                self.steps.append(Step(number, step.name, math.inf, allowed))
+                continue
             self._note(number, step.name, reference, stage(*_copies(inputs)), allowed)
-        compiled = through_inductor(clone(stage), list(inputs), self.options, [])
+            if not isinstance(step, OutlineLayers):  # whose subgraphs Inductor takes from a traced graph alone
+                whole = stage
+        compiled = through_inductor(clone(whole), list(inputs), self.options, [])
         self._note(number, "inductor", reference, compiled(*_copies(inputs)), allowed)
 
     def _note(self, number: int, name: str, reference: list[Tensor], outputs: Any, allowed: float) -> None:
-        pairs = zip(_floats(outputs), reference, strict=True)
-        differences = [float((a - b).abs().max()) for a, b in pairs if a.numel()]
-        worst = max(differences, default=0.0)
-        worst = float("nan") if any(d != d for d in differences) else worst
-        self.steps.append(Step(number, name, worst, allowed))
+        self.steps.append(Step(number, name, largest_difference(_floats(outputs), reference), allowed))
 
 
 def _copies(inputs: Sequence[Any]) -> list[Any]:

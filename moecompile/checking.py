@@ -71,7 +71,7 @@ def _check_outputs(record: GraphRecord, ours: Any, args: Sequence[Any], tied: Se
         for tree in (ours, theirs)
     )
     allowed = tolerance_for(reference)
-    worst = _worst(mine, reference)
+    worst = largest_difference(mine, reference)
     if worst <= allowed:
         return
     first, turned = _turned_choices(record, args)
@@ -83,7 +83,7 @@ def _check_outputs(record: GraphRecord, ours: Any, args: Sequence[Any], tied: Se
             return
         whole = ~torch.stack([tokens.view(rows, -1).any(1) for tokens in close]).any(0)
         pairs = [(a[whole], b[whole]) for a, b in zip(mine, reference, strict=True) if a.dim() and len(a) == rows]
-        worst = _worst(*zip(*pairs, strict=True)) if pairs else 0.0
+        worst = largest_difference(*zip(*pairs, strict=True)) if pairs else 0.0
         if worst <= allowed:
             return
     raise ParityError(
@@ -98,7 +98,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0.0)
 
 
-def _worst(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """The largest :func:`_difference`."""
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.numel()]
     return max((float(_difference(a, b).max()) for a, b in pairs), default=0.0)
@@ -143,7 +143,7 @@ def _turned_choices(record: GraphRecord, args: Sequence[Any]) -> tuple[int, Tens
     if [(site, x.shape) for site, x, _ in lowered.found] != [(site, x.shape) for site, x, _ in traced.found]:
         return none
     for (_, x, mine), (_, y, theirs) in zip(lowered.found, traced.found, strict=True):
-        if (first and len(turned) != len(x)) or (not first and not _worst([x], [y]) <= tolerance_for([y])):
+        if (first and len(turned) != len(x)) or (not first and not largest_difference([x], [y]) <= tolerance_for([y])):
             return none
         other = (mine != theirs).any(1)
         turned = turned | other if first else other
@@ -176,7 +176,7 @@ class _Checked(Interpreter):
 
     def _compare_values(self, node: Node, what: str, values: Sequence[Tensor], references: Sequence[Tensor]) -> None:
         for ours, theirs in zip(values, references, strict=True):
-            allowed, worst = tolerance_for([theirs]), _worst([ours], [theirs])
+            allowed, worst = tolerance_for([theirs]), largest_difference([ours], [theirs])
             if worst > allowed:
                 raise ParityError(
                     f"{site_of(node)}: the compiled {what} differ from eager code by {worst:.1e}; {allowed:.1e} is allowed"

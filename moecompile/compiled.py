@@ -27,14 +27,14 @@ from .backend import Backend, CompileOptions
 from .checking import check_blocks
 from .codegen import operators, packing, stored, triton_backend
 from .conversion import convert
-from .errors import InputError, MatchError, MoECompileError
+from .errors import CompileError, InputError, MatchError, MoECompileError
 from .lowered import warn_once
 from .overlay import share
 from .plans import MoEPlan
 from .recipes import Recipe
 from .records import GraphRecord
-from .stock import ExpertsSwitch, stock_experts
-from .tracing import spared, static_floats
+from .stock import ExpertsSwitch, refused_experts, stock_experts
+from .tracing import calling
 
 T = TypeVar("T")
 
@@ -73,10 +73,11 @@ class Compilation:
             self._prepare()
         variant = self._variants.get(key := tuple(block.dial for block in self._blocks))
         if variant is None:
+            self._check_stock()
             self._load_ahead()
             variant = self._variants[key] = self._compile()
         try:
-            with self._switch, _breaks_told(self), static_floats(), spared:
+            with self._switch, _breaks_told(self), calling(args, kwargs):
                 return _settled(variant(*args, **kwargs))
         except Exception as error:  # TorchDynamo wraps what its backend raises
             inner = getattr(error, "inner_exception", None)
@@ -103,6 +104,21 @@ class Compilation:
                         packing.relayout_(parameter)
                 elif not parameter.is_contiguous():  # was compiled on the CPU before; GPU kernels read rows
                     parameter.data = parameter.data.contiguous()
+
+    def _check_stock(self) -> None:
+        """Say which experts of a stock MoE stay as they are.
+
+        Raises:
+            CompileError: there are some, and ``fullgraph`` was asked for.
+        """
+        told: dict[str, list[str]] = {}
+        for path, reason in refused_experts(self._module).items() if self._module is not None else ():
+            told.setdefault(reason, []).append(path)
+        for reason, paths in told.items():
+            where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+            if self.options.fullgraph:
+                raise CompileError(f"{where}: the experts cannot be lowered: {reason}")
+            warn_once(f"{where}: the experts run their own forward: {reason}")
 
     def _load_ahead(self) -> None:
         """The library of CPU operators is found, or built, while TorchDynamo traces; the passes wait for it."""

@@ -4,6 +4,7 @@ changed or written."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import nn
 
 from .apply import moe_blocks
 from .capture import capture
-from .compiled import CompiledModule
+from .compiled import Compilation
 from .costs import dense_costs, floor_seconds, moe_costs
-from .errors import CaptureError
+from .errors import CaptureError, InputError
 from .inspection import lowering
 from .match import match
+from .records import GraphRecord
 from .sites import FFNSite, Skipped
 
 
@@ -85,7 +87,7 @@ class Explanation:
             text = (
                 [f"{head}, {share:.0%} of them in the FFNs", *lines]
                 if self.sites
-                else [f"{self.model}: no feed-forward network found"]
+                else [f"{self.model}: no feed-forward network {'of its own ' if self.layers else ''}found"]
             )
         text += [f"graph only: {s.name}: {s.refusal}" for s in self.sites if not s.placement]
         text += [f"skipped: {k.name}, node {k.node}: {k.reason}" for k in self.skipped]
@@ -100,6 +102,8 @@ class Explanation:
 
     def _cost_lines(self) -> list[str]:
         costs, floor = self.costs, self.costs["floor"]
+        if not costs["flops_per_token"]:  # a stock MoE, say: which of its weights a token reads is not counted
+            return [f"costs: {costs['bytes'] / 2**20:.1f} MiB of weights"]
         dense = f" (dense {costs['flops_per_token_dense'] / 1e6:.1f})" if "flops_per_token_dense" in costs else ""
         flops, speed = f"{costs['flops_per_token'] / 1e6:.1f} MFLOP per token in the FFNs", floor["bytes_per_second"] / 1e9
         device = f"floor of this device ({speed:.1f} GB/s, {floor['flops_per_second'] / 1e9:.0f} GFLOP/s)"
@@ -108,6 +112,13 @@ class Explanation:
             f"costs: {costs['bytes'] / 2**20:.1f} MiB of weights, {flops}{dense}",
             f"{device}: {read}: {floor['decode_seconds'] * 1e3:.2f} ms at least",
         ]
+
+
+def _notes(records: Iterable[GraphRecord]) -> Iterator[str]:
+    for record in records:
+        yield from record.notes
+        if record.fallback:
+            yield f"graph {record.number} runs in eager mode: {record.fallback}"
 
 
 def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
@@ -119,9 +130,13 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
 
     Raises:
         CaptureError: the model cannot be captured, and is not converted.
+        InputError: a function has no modules to look at.
     """
-    compilation = model._moecompile if isinstance(model, CompiledModule) else None
+    found = getattr(model, "_moecompile", None)
+    compilation = found if isinstance(found, Compilation) else None
     module = compilation.target if compilation is not None else model
+    if not isinstance(module, nn.Module):
+        raise InputError(f"explain takes a module, not {type(model).__name__}; last_graphs says what became of a function")
     blocks = moe_blocks(module)
     sites: tuple[FFNSite, ...] = ()
     skipped: tuple[Skipped, ...] = ()
@@ -150,5 +165,5 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
         dynamic,
         tuple({"name": name, "shape": block.extra_repr()} for name, block in blocks.items()),
         tuple(lowering(compilation)) if compilation is not None else (),
-        tuple(note for record in compilation.records for note in record.notes) if compilation is not None else (),
+        tuple(_notes(compilation.records)) if compilation is not None else (),
     )

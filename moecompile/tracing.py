@@ -1,78 +1,91 @@
-"""What TorchDynamo is spared while it traces a model: work that nobody sees, a sixth of a warm first call.
-
-Everything here begins when something is compiled within a call of a compiled module, and ends with that call.
-"""
+"""How TorchDynamo is set while a compiled module is called, and what it is spared while it traces: work that nobody sees, a
+sixth of a warm first call."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
-from transformers import PreTrainedConfig
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
 
 from .backend import collect_again
 
 
-def static_floats() -> Any:
-    """TorchDynamo with floats of the model's code as constants: symbolic ones make it trace every graph twice (30 s of 75 on a
-    model of 30 layers)."""
-    from torch._dynamo import config
-
-    return config.patch(specialize_float=True)
-
-
-class _Spared:
-    """Entered around every call; what it spares begins with a compilation. Calls may be nested."""
+class _Calls(threading.local):
+    """The keyword arguments of the calls that this thread is in."""
 
     def __init__(self) -> None:
-        self._calls = 0
-        self._registered = False
-        self._undo: contextlib.ExitStack | None = None
-
-    def __enter__(self) -> None:
-        if not self._registered:
-            from torch._dynamo.callback import on_compile_start
-
-            on_compile_start(self._start)
-            self._registered = True
-        self._calls += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._calls -= 1
-        if not self._calls and self._undo is not None:
-            undo, self._undo = self._undo, None
-            undo.close()
-
-    def _start(self, _: object = None) -> None:
-        if self._calls and self._undo is None:
-            self._undo = contextlib.ExitStack()
-            for spared in (_collection(), _lookups(), _names()):
-                self._undo.enter_context(spared)
+        self.running: list[Mapping[str, Any]] = []
 
 
-spared = _Spared()
+_calls = _Calls()
+_undo = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def calling(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Around each call of something compiled: TorchDynamo's settings, and what is spared where it compiles.
+
+    Floats of the model's code are constants: symbolic ones make TorchDynamo trace every graph twice (30 s of 75 on a model of
+    30 layers). Not where the call has floats of its own, each of which would be compiled anew. And no garbage collection behind
+    each graph, .35 s.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.callback import callback_handler
+
+    if _start not in callback_handler.start_callbacks:  # torch._dynamo.reset() forgets them
+        callback_handler.register_start_callback(_start)
+        callback_handler.register_end_callback(_end)
+    given = any(isinstance(value, float) for value in (*args, *kwargs.values()))
+    _calls.running.append(kwargs)
+    try:
+        changes = {"run_gc_after_compile": False, **({} if given else {"specialize_float": True})}
+        with config.patch(changes):
+            yield
+    finally:
+        _calls.running.pop()
+
+
+def _start(_: object) -> None:
+    """Called by TorchDynamo, which lets one thread at a time begin and end."""
+    if _calls.running:
+        _fix_heads(_calls.running[-1].get("past_key_values"))
+        for each in (_collection(), _lookups(), _names()):
+            _undo.enter_context(each)
+
+
+def _fix_heads(cache: Any) -> None:
+    """The number of heads and their width in a KV cache never change. TorchDynamo takes sizes that are equal in its first call
+    for one: the length of a prompt of 64 tokens for the width, a batch of 4 for the heads; and would compile again for others.
+    """
+    for layer in cache.layers if isinstance(cache, Cache) else ():
+        for each in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(each, Tensor) and each.dim() == 4:
+                # what torch._dynamo.mark_static does outside of a compilation
+                each._dynamo_static_indices = getattr(each, "_dynamo_static_indices", set()) | {1, 3}  # type: ignore[attr-defined]
+
+
+def _end(_: object) -> None:
+    _undo.close()
 
 
 @contextlib.contextmanager
 def _collection() -> Iterator[None]:
-    """Garbage collection: walking the model, TorchDynamo's state and the graphs again and again, and once more by TorchDynamo
-    itself, takes an eighth of the time."""
-    from torch._dynamo import config
-
+    """Garbage collection: walking the model, TorchDynamo's state and the graphs again and again takes an eighth of the time."""
     if not gc.isenabled():
         yield
         return
     gc.disable()
-    afterwards, config.run_gc_after_compile = config.run_gc_after_compile, False
     try:
         yield
     finally:
         collect_again()
-        config.run_gc_after_compile = afterwards
 
 
 @contextlib.contextmanager

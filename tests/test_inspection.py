@@ -13,9 +13,11 @@ from compiling import calibrated, plain, tokens, without_inductor
 from moecompile.passes import PassResult, clone
 from moecompile.passes.match_experts import moe_nodes, set_operands
 from moecompile.passes.pipeline import inference_passes
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import moecompile
+from moecompile.compiled import compilation_of
 from moecompile.errors import InputError
 
 IDS = tokens(2, 11)
@@ -102,7 +104,51 @@ def test_bisection_names_the_pass() -> None:
         found = moecompile.bisect(moe, {"input_ids": IDS}, passes=[*passes[:at], Wrong(), *passes[at:]])
     assert found.culprit == "wrong" and "DIVERGES" in str(found)
     clean = moecompile.bisect(moecompile.compile(moe), {"input_ids": IDS})
-    assert clean.culprit is None and clean.steps[-1].name == "inductor"
+    assert clean.culprit is None and [step.name for step in clean.steps[-2:]] == ["outline_layers", "inductor"]
+
+
+class Masked(nn.Module):
+    """Puts out infinities, as a mask does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.masked_fill(x < 0.5, -torch.inf) * 2
+
+
+class Failing:
+    """A pass that cannot be run."""
+
+    name, requires, ensures = "failing", (), ()
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        raise ValueError("no")
+
+
+def test_bisection_of_infinities_and_of_passes_that_fail() -> None:
+    x = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    assert moecompile.bisect(Masked(), (x,)).culprit is None
+    assert moecompile.bisect(Masked(), (x,), passes=[*inference_passes(), Failing()]).culprit == "failing"
+
+
+def test_explaining_what_is_compiled_otherwise() -> None:
+    with pytest.raises(InputError, match="takes a module"):
+        moecompile.explain(moecompile.compile(lambda x: x))
+
+    @moecompile.compile
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = plain()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.inner(input_ids=ids).logits
+
+    net = without_inductor(Twice().eval())
+    with torch.no_grad():
+        net(IDS)
+    assert len(moecompile.explain(net, (IDS,)).layers) == 2
+    record = compilation_of(net).records[0]
+    record.fallback = "no room"
+    assert f"note: graph {record.number} runs in eager mode: no room" in str(moecompile.explain(net, (IDS,)))
 
 
 def test_repro_scripts(tmp_path: Path) -> None:

@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from compiling import without_inductor
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from moecompile import stock
+import moecompile
+from moecompile import lowered, stock
+from moecompile.errors import CompileError
+from moecompile.lowered import FallbackWarning
 
 stock.register_experts()
 
@@ -190,6 +194,17 @@ def test_gpt_oss_keeps_its_own_experts_and_says_so_once(monkeypatch: pytest.Monk
         assert torch.equal(model(tokens()).logits, wanted)
         model(tokens())
     assert len([w for w in told if "moecompile" in str(w.message)]) == 1
+
+
+def test_compiling_experts_that_cannot_be_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowered, "_told", set())
+    torch._dynamo.reset()
+    model = build("GptOss", {**_BASE, "num_local_experts": 4, "head_dim": 8})
+    with pytest.raises(CompileError, match=r"model.layers.0.mlp.experts and 1 more: .*_apply_gate"):
+        moecompile.compile(model, fullgraph=True)(tokens())
+    fast = without_inductor(moecompile.compile(model))
+    with pytest.warns(FallbackWarning, match=r"model.layers.0.mlp.experts and 1 more: .*_apply_gate"), torch.no_grad():
+        assert apart(fast(tokens()).logits, model(tokens()).logits) < 1e-5
 
 
 class Plain(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from typing import Any
 
 import pytest
@@ -83,6 +85,35 @@ def test_nothing_is_left_behind_a_call() -> None:
         with pytest.raises(CompileError):
             fast(input_ids=IDS)
     assert user_defined.object_has_getattribute(moe.config)
+
+
+def test_collection_goes_on_within_a_call() -> None:
+    """A function with a graph break runs for as long as it likes."""
+    states = []
+
+    @moecompile.compile
+    def steps(x: Tensor) -> Tensor:
+        y = x * 2
+        torch._dynamo.graph_break()
+        states.append(gc.isenabled())
+        torch._dynamo.graph_break()
+        return y + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        without_inductor(steps)(torch.ones(3))
+    assert states == [True]
+
+
+def test_a_number_for_each_call_is_compiled_once() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, by: float) -> Tensor:
+            return x * by
+
+    fast = without_inductor(moecompile.compile(Scaled(), fullgraph=True))
+    for number in range(12):
+        torch.testing.assert_close(fast(torch.ones(3), 1.5 + number), torch.full((3,), 1.5 + number))
+    assert len(moecompile.last_graphs(fast)) <= 2
 
 
 def test_a_config_that_is_changed_later_is_seen() -> None:
