@@ -127,6 +127,7 @@ def started(options: argparse.Namespace, record: dict[str, Any] | None, corpora:
         "calibration_tokens": options.calibration_tokens,
         "calibration_window": options.calibration_window,
         **({"calibration_weights": options.calibration_weights} if options.calibration_weights else {}),
+        **({"compiled": True} if options.compile else {}),
     }
     if record is None:
         machine = {"cores": os.cpu_count(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,7 +117,8 @@ class Job:
             conversion_seconds=(record.get("seconds") or {}).get("total"),
             conversion_peak_rss_bytes=record.get("peak_rss_bytes"),
             seed=(record.get("calibration") or {}).get("seed"),
-            folder=str(path),
+            folder=Path(path).name,
+            **made_by(record),
         )
         if self.job["prefix"] and all(site.keep_exact or not site.fitted for site in plan.sites):
             row["dial"] = self._dial(model, model)
@@ -155,6 +157,22 @@ class Job:
                 "dense": perplexity(model, rows, skip=self.job["prefix"], progress=self.progress)["perplexity"],
             }
         return row
+
+
+def made_by(record: dict[str, Any]) -> dict[str, Any]:
+    """What a converted folder's record says of how it was made: recipe, calibration, tuning."""
+    runs = [
+        {
+            **{key: run.get(key) for key in ("tokens", "stage", "window", "batch", "weights", "tokens_per_second")},
+            **{key: run["config"].get(key) for key in ("learning_rate", "label_weight", "lora_rank", "precision", "seed")},
+        }
+        for run in record.get("tuning") or ()
+    ]
+    calibration = {key: value for key, value in (record.get("calibration") or {}).items() if key != "files"}
+    return {
+        "recipe": record.get("recipe"), "settings": record.get("recipe_config") or {}, "calibration": calibration,
+        **({"tuning": runs} if runs else {}),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
