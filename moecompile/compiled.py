@@ -13,7 +13,7 @@ import functools
 import gc
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
@@ -184,16 +184,30 @@ def _down_projections(module: nn.Module) -> Iterator[nn.Parameter]:
 @contextlib.contextmanager
 def _breaks_told(compilation: Compilation) -> Iterator[None]:
     """One warning for every place where TorchDynamo had to leave the graph."""
-    from torch._dynamo.utils import counters
+    from torch._dynamo.utils import counters, graph_break_reasons
 
+    known = len(graph_break_reasons)
     seen = counters["stats"]["calls_captured"], sum(counters["graph_break"].values())
     before = dict(counters["graph_break"]) if seen[1] else {}
     yield
     if seen != (counters["stats"]["calls_captured"], sum(counters["graph_break"].values())):
         for reason, count in counters["graph_break"].items():
             if count > before.get(reason, 0):
+                where = _place(reason, graph_break_reasons[known:])
                 first = " ".join(reason.split())[:300]
-                warn_once(f"{_name(compilation.target)}: a part runs in eager mode: {first}")
+                warn_once(
+                    f"{_name(compilation.target)}: a part runs in eager mode{where}: {first}", depth=6
+                )  # the caller's line
+
+
+def _place(reason: str, causes: Sequence[Any]) -> str:
+    """Where in the traced code it was, as TorchDynamo kept it."""
+    head = next(iter(reason.strip().splitlines()), "")
+    for cause in causes:
+        if head in cause.reason and cause.user_stack:
+            frame = cause.user_stack[-1]
+            return f" at {frame.filename}:{frame.lineno} ({(frame.line or '').strip()})"
+    return ""
 
 
 class CompiledModule(nn.Module):

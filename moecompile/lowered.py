@@ -47,11 +47,11 @@ class FallbackWarning(UserWarning):
 _told: set[str] = set()
 
 
-def warn_once(message: str) -> None:
-    """A :class:`FallbackWarning`, once per message and process."""
+def warn_once(message: str, depth: int = 3) -> None:
+    """A :class:`FallbackWarning`, once per message and process, ascribed to the caller ``depth`` frames up."""
     if message not in _told:
         _told.add(message)
-        warnings.warn(message, FallbackWarning, stacklevel=3)
+        warnings.warn(message, FallbackWarning, stacklevel=depth)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 import moecompile
 from moecompile.compiled import compilation_of
 from moecompile.errors import InputError
+from moecompile.parity import tolerance_for
 
 IDS = tokens(2, 11)
 
@@ -105,6 +106,14 @@ def test_bisection_names_the_pass() -> None:
     assert found.culprit == "wrong" and "DIVERGES" in str(found)
     clean = moecompile.bisect(moecompile.compile(moe), {"input_ids": IDS})
     assert clean.culprit is None and [step.name for step in clean.steps[-2:]] == ["outline_layers", "inductor"]
+
+
+def test_what_stands_for_infinity_is_no_size() -> None:
+    """Anything would be allowed beside it."""
+    plainly, masked = torch.full((3, 4), 7.0), torch.full((3, 4), 7.0)
+    for value in (-torch.inf, torch.finfo(torch.float32).min, torch.nan):
+        masked[0, 0] = value
+        assert tolerance_for([masked]) == tolerance_for([plainly])
 
 
 class Masked(nn.Module):

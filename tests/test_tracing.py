@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 import moecompile
 from moecompile.compiled import _trained, compilation_of
 from moecompile.errors import CompileError
+from moecompile.lowered import FallbackWarning, _told
 from moecompile.tracing import stored_plainly
 
 IDS = tokens(2, 11)
@@ -99,10 +100,11 @@ def test_collection_goes_on_within_a_call() -> None:
         torch._dynamo.graph_break()
         return y + 1
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    _told.clear()
+    with pytest.warns(FallbackWarning, match=r"eager mode at .*test_tracing.py:\d+ \(.*graph_break\(\)\)") as told:
         without_inductor(steps)(torch.ones(3))
     assert states == [True]
+    assert {Path(one.filename) for one in told if one.category is FallbackWarning} == {Path(__file__)}  # the call's line
 
 
 def test_a_number_for_each_call_is_compiled_once() -> None:
