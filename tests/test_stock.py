@@ -196,6 +196,17 @@ def test_gpt_oss_keeps_its_own_experts_and_says_so_once(monkeypatch: pytest.Monk
     assert len([w for w in told if "moecompile" in str(w.message)]) == 1
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v2"])
+def test_compile_lowers_the_experts_of_stock_models(name: str, models: dict[str, Any]) -> None:
+    """Without transformers' switch: every layer with experts becomes a kernel, and its numbers are the model's own."""
+    torch._dynamo.reset()
+    fast = without_inductor(moecompile.compile(models[name], fullgraph=True))
+    with torch.no_grad():
+        assert apart(fast(tokens()).logits, models[name](tokens()).logits) < 1e-5
+    (record,) = moecompile.last_graphs(fast)
+    assert [layer["backend"] for layer in record.layers] == ["cpu"] * FAMILIES[name][2]
+
+
 def test_compiling_experts_that_cannot_be_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowered, "_told", set())
     torch._dynamo.reset()
