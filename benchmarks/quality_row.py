@@ -141,7 +141,6 @@ class Job:
             "variant": name,
             **{key: self.job[key] for key in ("fraction", "seed", "recipe", "settings")},
             **facts,
-            **({"compiled": True} if self.job["compile"] else {}),
             "perplexity": {corpus: measured["perplexity"] for corpus, measured in found.items()},
             "seconds": round(sum(measured["seconds"] for measured in found.values()), 1),
         }

@@ -31,6 +31,7 @@ from .parity import evaluating
 from .plans import MoEPlan, SitePlan
 from .progress import Progress
 from .recipes.neurons import token_weights
+from .routing import watched
 from .sites import DenseFFN
 
 DEAD = 0.001
@@ -71,48 +72,19 @@ def balance(
         raise InputError("the model was not converted by moecompile")
     if not batches:
         raise InputError("there are no batches to measure on")
-    blocks, layers = moe_blocks(moe), []
-    routed = [(site, blocks[site.site.placement.block]) for site in plan.sites if site.site.placement is not None]
-    routed = [(site, block) for site, block in routed if block.routes and 0 < block.top_k < block.spec.experts]
     facts = {"tokens": sum(batch["input_ids"].numel() for batch in batches), "segment": segment, "cache": cache}
-    if not routed:
-        return {**facts, "layers": []}
-    kept = _choices(moe, [block for _, block in routed], batches, inputs=dense is not None)
+    blocks, layers = moe_blocks(moe), []
+    kept = watched(moe, batches, inputs=dense is not None)
+    routed = [site for site in plan.sites if site.site.placement is not None and site.site.placement.block in kept]
     with evaluating(moe):
-        for (site, block), (ids, rows) in zip((progress or Progress()).over(routed, "diagnosis"), kept, strict=True):
+        for site in (progress or Progress()).over(routed, "diagnosis") if routed else ():
+            name = site.site.placement.block  # type: ignore[union-attr]
+            block, (ids, rows) = blocks[name], kept[name]
             layers.append({"site": site.site.name, **routing(ids, block.spec.choosable, block.top_k, segment, cache)})
             if dense is not None and rows:
                 layers[-1] |= _errors(site, block, DenseFFN.read(site.site, dense), torch.cat(rows), torch.cat(ids))
             rows.clear()
     return {**facts, "layers": layers}
-
-
-def _choices(
-    moe: nn.Module, blocks: list[MoEFFN], batches: Sequence[Mapping[str, Tensor]], inputs: bool
-) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """For each block, sequence by sequence, the chosen experts (L, K) and, where they are asked for and the block has a router
-    of its own, its inputs (L, D)."""
-    kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in blocks]
-    hooks = []
-    for block, own in zip(blocks, kept, strict=True):
-
-        def look(module: nn.Module, args: Any, own: tuple[list[Tensor], list[Tensor]] = own) -> None:
-            assert isinstance(module, MoEFFN)
-            x = args[0].detach()
-            ids, _ = module.choose(x.reshape(-1, x.shape[-1]))  # one at the front has decided for this step alone
-            own[0].extend(ids.reshape(-1, x.shape[-2], ids.shape[-1]))
-            if inputs and module.routing is None:
-                own[1].extend(x.reshape(-1, x.shape[-2], x.shape[-1]))
-
-        hooks.append(block.register_forward_pre_hook(look))
-    try:
-        with evaluating(moe):
-            for batch in batches:
-                moe(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return kept
 
 
 def routing(ids: Sequence[Tensor], experts: int, top_k: int, segment: int = SEGMENT, cache: float = CACHE) -> dict[str, Any]:

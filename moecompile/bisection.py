@@ -19,7 +19,6 @@ from .checking import largest_difference
 from .compiled import CompiledModule
 from .parity import tolerance_for
 from .passes.base import Pass, clone
-from .passes.outline_layers import OutlineLayers
 from .passes.pipeline import closing_passes, inference_passes
 from .stock import ExpertsSwitch
 
@@ -82,8 +81,8 @@ def bisect(
     options = replace(options, inductor=True, weights=options.weights if weights is None else weights)
     args, kwargs = normalise_inputs(model, inputs)
     steps: list[Step] = []
-    own = [*inference_passes(options.weights), *closing_passes()]
-    backend = _Bisecting(options, steps, list(passes) if passes is not None else own)
+    own = (inference_passes(options.weights), closing_passes()) if passes is None else (passes, ())
+    backend = _Bisecting(options, steps, *own)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
@@ -96,8 +95,8 @@ def bisect(
 class _Bisecting:
     """A backend that runs eager code, and beside it every stage of the pipeline."""
 
-    def __init__(self, options: CompileOptions, steps: list[Step], passes: list[Pass]) -> None:
-        self.options, self.steps, self.passes = options, steps, passes
+    def __init__(self, options: CompileOptions, steps: list[Step], passes: Sequence[Pass], closing: Sequence[Pass]) -> None:
+        self.options, self.steps, self.passes, self.closing = options, steps, passes, closing
         self.graphs = 0
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -116,21 +115,23 @@ class _Bisecting:
     def _compare(self, number: int, graph_module: GraphModule, inputs: Sequence[Any]) -> None:
         reference = _floats(graph_module(*_copies(inputs)))
         allowed = tolerance_for(reference)
-        stage = whole = graph_module
-        skip = logs.disabled()
-        for step in self.passes:
-            if step.name in skip:
-                continue
-            try:
-                stage = step(stage).graph_module
-            except Exception as error:  # compiling leaves it out
-                logs.log("passes", f"{step.name} failed: {error}")
-                self.steps.append(Step(number, step.name, math.inf, allowed))
-                continue
-            self._note(number, step.name, reference, stage(*_copies(inputs)), allowed)
-            if not isinstance(step, OutlineLayers):  # whose subgraphs Inductor takes from a traced graph alone
-                whole = stage
-        compiled = through_inductor(clone(whole), list(inputs), self.options, [])
+
+        def through(passes: Sequence[Pass], stage: GraphModule) -> GraphModule:
+            for step in passes:
+                if step.name in logs.disabled():
+                    continue
+                try:
+                    stage = step(stage).graph_module
+                except Exception as error:  # compiling leaves it out
+                    logs.log("passes", f"{step.name} failed: {error}")
+                    self.steps.append(Step(number, step.name, math.inf, allowed))
+                    continue
+                self._note(number, step.name, reference, stage(*_copies(inputs)), allowed)
+            return stage
+
+        lowered = through(self.passes, graph_module)
+        through(self.closing, lowered)  # Inductor takes its subgraphs from a traced graph alone
+        compiled = through_inductor(clone(lowered), list(inputs), self.options, [])
         self._note(number, "inductor", reference, compiled(*_copies(inputs)), allowed)
 
     def _note(self, number: int, name: str, reference: list[Tensor], outputs: Any, allowed: float) -> None:

@@ -197,6 +197,11 @@ class MoEFFN(nn.Module):
         return self.router is not None or self.routing is not None
 
     @property
+    def chooses(self) -> bool:
+        """Whether there is a choice at the present top_k: a router, and neither none nor all of the experts."""
+        return self.routes and 0 < self._top_k < self.spec.experts
+
+    @property
     def top_k(self) -> int:
         """Experts chosen per token. Setting it sets prefill too."""
         return self._top_k

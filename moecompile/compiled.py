@@ -118,7 +118,7 @@ class Compilation:
             where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
             if self.options.fullgraph:
                 raise CompileError(f"{where}: the experts cannot be lowered: {reason}")
-            warn_once(f"{where}: the experts run their own forward: {reason}")
+            warn_once(f"{where}: the experts run their own forward: {reason}", depth=5)  # the caller's line
 
     def _load_ahead(self) -> None:
         """The library of CPU operators is found, or built, while TorchDynamo traces; the passes wait for it."""

@@ -73,7 +73,7 @@ def _masked(dense: DenseFFN, block: MoEFFN, x: torch.Tensor) -> torch.Tensor:
 
 def _usage(block: MoEFFN, x: torch.Tensor) -> list[float]:
     """Share of tokens that choose each expert; empty where nothing is chosen."""
-    if not block.routes or not 0 < block.top_k < block.spec.experts:
+    if not block.chooses:
         return []
     ids, _ = block.choose(x)
     counts = torch.bincount(ids.reshape(-1), minlength=block.spec.choosable)

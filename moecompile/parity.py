@@ -75,8 +75,9 @@ def tolerance_for(reference: Sequence[Tensor]) -> float:
 def _size(tensor: Tensor) -> float:
     """The largest absolute value. What stands for infinity, as masks do, is no size: anything would be allowed beside it."""
     bound = torch.finfo(tensor.dtype).max / 2
-    largest = float(tensor.abs().max())
-    return largest if largest < bound else float(tensor.abs().masked_fill_(~(tensor.abs() < bound), 0.0).max())
+    sizes = tensor.abs()
+    largest = float(sizes.max())
+    return largest if largest < bound else float(sizes.masked_fill_(~(sizes < bound), 0.0).max())
 
 
 def max_abs_error(model: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ tokens that keep an expert is what a cache of experts lives on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -33,31 +33,51 @@ def choices(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
     Raises:
         InputError: no layer of the model chooses experts.
     """
-    found: dict[str, list[Tensor]] = {}
-    hooks = []
-    for name, block in moe_blocks(model).items():
-        if not block.routes or not 0 < block.top_k < block.spec.experts:
-            continue
-        found[name] = []
-
-        def look(module: nn.Module, args: Any, into: list[Tensor] = found[name]) -> None:
-            assert isinstance(module, MoEFFN)
-            x = args[0]
-            ids, _ = module.choose(x.reshape(-1, x.shape[-1]))
-            into.append(ids.view(*x.shape[:-1], -1).cpu())
-
-        hooks.append(block.register_forward_pre_hook(look))
+    device = next(model.parameters()).device
+    found = watched(model, ({"input_ids": rows.to(device)} for rows in windows.split(4)))
     if not found:
         raise InputError("no layer of this model chooses experts")
-    device = next(model.parameters()).device
+    return {name: torch.cat(ids).view(*windows.shape, -1).cpu() for name, (ids, _) in found.items()}
+
+
+@torch.no_grad()
+def watched(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, inputs: bool = False
+) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """What each layer that chooses experts chooses, and what it reads: module path -> (choices, inputs), sequence by sequence.
+
+    Args:
+        model: a converted model.
+        batches: model inputs.
+        inputs: keep the inputs, (S, D) each, of the layers that have a router of their own; the lists are empty otherwise.
+
+    Returns:
+        Choices are (S, K) int64; where a layer reads a batch as one row of tokens, S is all of them.
+    """
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    hooks = []
+    for name, block in moe_blocks(model).items():
+        if not block.chooses:
+            continue
+        found[name] = [], []
+
+        def look(module: nn.Module, args: Any, own: tuple[list[Tensor], list[Tensor]] = found[name]) -> None:
+            assert isinstance(module, MoEFFN)
+            x = args[0].detach()
+            ids, _ = module.choose(x.reshape(-1, x.shape[-1]))  # one at the front has decided for this step alone
+            own[0].extend(ids.reshape(-1, x.shape[-2], ids.shape[-1]))
+            if inputs and module.routing is None:
+                own[1].extend(x.reshape(-1, x.shape[-2], x.shape[-1]))
+
+        hooks.append(block.register_forward_pre_hook(look))
     try:
         with evaluating(model):
-            for rows in windows.split(4):
-                outputs_of(model, {"input_ids": rows.to(device)})
+            for batch in batches if found else ():
+                outputs_of(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(parts).view(*windows.shape, -1) for name, parts in found.items()}
+    return found
 
 
 def transitions(before: Tensor, after: Tensor, experts: int) -> Tensor:

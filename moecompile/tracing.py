@@ -4,7 +4,6 @@ sixth of a warm first call."""
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from unittest import mock
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-from .backend import collect_again
+from .backend import collector_paused
 
 
 class _Calls(threading.local):
@@ -56,7 +55,7 @@ def _start(_: object) -> None:
     """Called by TorchDynamo, which lets one thread at a time begin and end."""
     if _calls.running:
         _fix_heads(_calls.running[-1].get("past_key_values"))
-        for each in (_collection(), _lookups(), _names()):
+        for each in (collector_paused(), _lookups(), _names()):
             _undo.enter_context(each)
 
 
@@ -73,19 +72,6 @@ def _fix_heads(cache: Any) -> None:
 
 def _end(_: object) -> None:
     _undo.close()
-
-
-@contextlib.contextmanager
-def _collection() -> Iterator[None]:
-    """Garbage collection: walking the model, TorchDynamo's state and the graphs again and again takes an eighth of the time."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        collect_again()
 
 
 @contextlib.contextmanager
