@@ -102,11 +102,6 @@ _sources: dict[BlockKernelSpec, str] = {}
 _kernels: dict[BlockKernelSpec, Callable[..., None] | str] = {}  # a text is the reason why it failed
 
 
-def emitted() -> dict[BlockKernelSpec, str]:
-    """The sources of the kernels built in this process, by spec."""
-    return dict(_sources)
-
-
 def build(spec: BlockKernelSpec) -> Callable[..., None]:
     """The compiled kernel; its arguments are ``spec.arguments``. Built once per process, found on disk when built before.
 
@@ -156,7 +151,7 @@ def source(spec: BlockKernelSpec) -> str:
 # launch
 
 # Operands of moe_ffn that stay the same from call to call, in order.
-_STATIC = (
+STATIC = (
     "router_weight", "router_bias", "up", "down", "up_bias", "down_bias", "shared_gate", "shared_up", "shared_down",
     "shared_gate_bias", "shared_up_bias", "bias",
 )  # fmt: skip
@@ -182,19 +177,19 @@ class _Bound:
 
     def __init__(self, spec: BlockKernelSpec, operands: tuple[Tensor | None, ...]) -> None:
         self.spec, self.kernel = spec, build(spec)
-        named, made = dict(zip(_STATIC, operands, strict=True)), dict[str, Tensor]()
+        named, made = dict(zip(STATIC, operands, strict=True)), dict[str, Tensor]()
         forms = {name: form for name, tensor in named.items() if tensor is not None and (form := _form(name, tensor, spec))}
         for name, form in forms.items():
             packed = _packed(named[name], form)
             made[name] = packed[0]
             if len(packed) == 2:
                 made[f"{name}_scale"] = packed[1]
-        copied = [(_STATIC.index(name), tensor) for name in forms if (tensor := named[name]) is not None]
+        copied = [(STATIC.index(name), tensor) for name in forms if (tensor := named[name]) is not None]
         self.versions = tuple((index, tensor._version, tensor.data_ptr()) for index, tensor in copied)
         self.lasting = all(packing.lasts(tensor) for _, tensor in copied)
         self.parts = tuple(made.values())
-        places = {name: len(_STATIC) + place for place, name in enumerate(made)}
-        indices = [places[name] if name in places else _STATIC.index(name) for name in spec.weights]
+        places = {name: len(STATIC) + place for place, name in enumerate(made)}
+        indices = [places[name] if name in places else STATIC.index(name) for name in spec.weights]
         self.pick = operator.itemgetter(*indices)  # always two at least: up and down
         picked = self.pick(operands + self.parts)
         self.addresses = torch.tensor([tensor.data_ptr() for tensor in picked])
@@ -362,7 +357,7 @@ def _bind(
     gated: bool,
     weight_format: str,
 ) -> _Bound:
-    spec = _resolve(x, dict(zip(_STATIC, operands, strict=True)), weighted, score, normalise, activation, gated, weight_format)
+    spec = spec_of(x, dict(zip(STATIC, operands, strict=True)), weighted, score, normalise, activation, gated, weight_format)
     bound = _Bound(spec, operands)
     if bound.lasting:
         bound.references = [weakref.ref(tensor, lambda _: _bound.pop(key, None)) for tensor in operands if tensor is not None]
@@ -370,7 +365,7 @@ def _bind(
     return bound
 
 
-def _resolve(
+def spec_of(
     x: Tensor,
     named: dict[str, Tensor | None],
     weighted: bool,
@@ -380,7 +375,12 @@ def _resolve(
     gated: bool,
     weight_format: str,
 ) -> BlockKernelSpec:
-    """The spec of the kernel for these operands.
+    """The spec of the kernel for these operands, which are looked at for their shapes and types alone.
+
+    Args:
+        x: (T, D).
+        named: the operands of :func:`moe_ffn` that stay the same from call to call, by name; all of them.
+        weighted: whether weights of the chosen are given.
 
     Raises:
         Unavailable: no kernel takes them.

@@ -39,8 +39,10 @@ __all__ = [
     "emit",
     "expert_ffn",
     "expert_ffn_backward",
+    "kernel_of",
     "moe_ffn",
     "route",
+    "spec_of",
     "triton_module",
     "unsupported",
 ]
@@ -173,6 +175,54 @@ def moe_ffn(
         ValueError: shapes that do not fit.
     """
     _check(x, up, down)
+    shared = shared_up is not None and shared_down is not None
+    spec = spec_of(
+        x, ids.shape[-1], weights is not None, up, down, up_bias, down_bias, shared_gate, shared_up, shared_down,
+        shared_gate_bias, shared_up_bias, bias, activation=activation, gated=gated, weight_format=weight_format,
+    )  # fmt: skip
+    more: dict[str, Any] = {"bias": bias}
+    if weight_format != "same":
+        try:
+            up, more["up_scale"] = stored.packed(up, weight_format)
+            down, more["down_scale"] = stored.packed(down, weight_format)
+        except ValueError as error:
+            raise Unavailable(str(error)) from None
+    kernel = kernel_of(spec, x.device)
+    routing = None if order is None or offsets is None else kernel.cut(order, offsets)
+    more["routing"] = routing
+    if shared:
+        more["shared"] = kernel.module.Shared(shared_gate, shared_up, shared_down, shared_gate_bias, shared_up_bias)
+    return kernel(x, ids, weights, up, down, up_bias, down_bias, **more)
+
+
+def spec_of(
+    x: Tensor,
+    top_k: int,
+    weighted: bool,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    shared_gate: Tensor | None,
+    shared_up: Tensor | None,
+    shared_down: Tensor | None,
+    shared_gate_bias: Tensor | None,
+    shared_up_bias: Tensor | None,
+    bias: Tensor | None,
+    *,
+    activation: str,
+    gated: bool,
+    weight_format: str = "same",
+) -> TritonSpec:
+    """The spec of the kernel for operands of :func:`moe_ffn`, which are looked at for their shapes and types alone.
+
+    Args:
+        top_k: K.
+        weighted: whether weights of the chosen are given.
+
+    Raises:
+        Unavailable: there is none.
+    """
     target = device_target(x.device)
     shared = shared_up is not None and shared_down is not None
     if shared and any(v is not None and v.dtype != x.dtype for v in (shared_gate, shared_up, shared_down)):
@@ -184,13 +234,13 @@ def moe_ffn(
             x.shape[-1],
             down.shape[-1],
             up.shape[0],
-            ids.shape[-1],
+            top_k,
             gated,
             activation,
             DTYPES[x.dtype],
             *(("same", 0) if weight_format == "same" else stored.parsed(weight_format)),
             precision=_precision(x, target),
-            weighted=weights is not None,
+            weighted=weighted,
             up_bias=up_bias is not None,
             down_bias=down_bias is not None,
             shared_width=shared_up.shape[0] if shared and shared_up is not None else 0,
@@ -198,21 +248,23 @@ def moe_ffn(
             output_bias=bias is not None,
             target=target,
         )
-        more: dict[str, Any] = {"bias": bias}
-        if weight_format != "same":
-            reason = stored.refusal(spec.weight_format, target, spec.hidden_size, spec.expert_width)
-            if reason:
-                raise Unavailable(reason)
-            up, more["up_scale"] = stored.packed(up, weight_format)
-            down, more["down_scale"] = stored.packed(down, weight_format)
     except ValueError as error:
         raise Unavailable(str(error)) from None
-    kernel = build(spec, _tuned(spec, x.device))
-    routing = None if order is None or offsets is None else kernel.cut(order, offsets)
-    more["routing"] = routing
-    if shared:
-        more["shared"] = kernel.module.Shared(shared_gate, shared_up, shared_down, shared_gate_bias, shared_up_bias)
-    return kernel(x, ids, weights, up, down, up_bias, down_bias, **more)
+    reason = (
+        None if weight_format == "same" else stored.refusal(spec.weight_format, target, spec.hidden_size, spec.expert_width)
+    )
+    if reason:
+        raise Unavailable(reason)
+    return spec
+
+
+def kernel_of(spec: TritonSpec, device: torch.device) -> Kernel:
+    """The kernel that runs for a spec on a device: with the launch constants that were measured there, if any were.
+
+    Raises:
+        Unavailable, PlanError: as :func:`build`.
+    """
+    return build(spec, _tuned(spec, device))
 
 
 def expert_ffn_backward(

@@ -8,6 +8,7 @@ from .bisection import bisect
 from .checkpoint import load, register, save
 from .compiled import compile
 from .conversion import convert, plan
+from .dispatching import offer_experts
 from .errors import (
     CaptureError,
     CheckpointError,
@@ -29,6 +30,7 @@ from .version import __version__
 
 register()
 register_experts()
+offer_experts()
 
 __all__ = [
     "CaptureError",

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -23,8 +23,10 @@ from torch.fx import GraphModule
 
 from . import attention, linears, logs, lowered, ops
 from .checking import verified
+from .codegen import cpu
 from .errors import CompileError, InputError
 from .lowered import warn_once
+from .passes import lower_cpu
 from .passes.base import Pass, clone, run_passes
 from .passes.match_experts import moe_nodes, operands_of
 from .passes.nodes import site_of
@@ -80,6 +82,7 @@ class Backend:
 
     options: CompileOptions = field(default_factory=CompileOptions)
     records: list[GraphRecord] = field(default_factory=list, repr=False)
+    lowers_experts: ClassVar[bool] = True  # while a graph is traced for it
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Compile one traced graph.
@@ -94,11 +97,13 @@ class Backend:
 
     def _compile(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         training = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in example_inputs)
-        record = new_record(graph_module, training)
+        record = new_record(graph_module, training, self.options)
         record.inputs = tuple(_input_facts(value) for value in example_inputs)
         self.records.append(record)
         record.graph_module = self._rewrite(graph_module, record, training)
         _describe(record)
+        if self.options.fullgraph:
+            _build(record)
         lowered = record.graph_module
         if self.options.inductor and not training:
             lowered = self._run(closing_passes(), lowered, record)
@@ -124,6 +129,10 @@ class Backend:
             on_error=failed,
         )
         record.notes += result.notes
+        for refused in result.refused:
+            if self.options.fullgraph:
+                raise CompileError(f"graph {record.number}: {refused}")
+            warn_once(refused)
         return result.graph_module
 
     def _lower(self, graph_module: GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Compiled:
@@ -143,6 +152,20 @@ class Backend:
         for code in record.output_code:
             logs.log("output_code", code)
         return compiled
+
+
+def _build(record: GraphRecord) -> None:
+    """The kernels for CPUs, at once instead of at the first call.
+
+    Raises:
+        CompileError: one cannot be built.
+    """
+    for node in moe_nodes(record.graph_module):
+        if operands_of(node)["backend"] == "cpu":
+            try:
+                cpu.build(lower_cpu.kernel_of(node))
+            except cpu.Unavailable as reason:
+                raise CompileError(f"graph {record.number}: {site_of(node)}: node {node.name}: {reason}") from reason
 
 
 @functools.lru_cache(maxsize=1)
@@ -190,6 +213,9 @@ def backend(
     own = dict(options or {})
     chosen = {key: own.pop(key) for key in ("weights", "verify") if key in own}
     return Backend(CompileOptions(mode=mode or "default", options=tuple(own.items()), **chosen))(graph_module, example_inputs)
+
+
+backend.lowers_experts = True  # type: ignore[attr-defined]
 
 
 def _input_facts(value: Any) -> Any:

@@ -13,7 +13,7 @@ import functools
 import gc
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import logs
+from . import logs, stock
 from .apply import moe_blocks
 from .backend import Backend, CompileOptions
-from .checking import check_blocks
+from .checking import check_blocks, check_experts
 from .codegen import operators, packing, stored, triton_backend
 from .conversion import convert
 from .errors import CompileError, InputError, MatchError, MoECompileError
@@ -33,7 +33,8 @@ from .overlay import share
 from .plans import MoEPlan
 from .recipes import Recipe
 from .records import GraphRecord
-from .stock import ExpertsSwitch, refused_experts, stock_experts
+from .scope import Scope, modules_in, modules_named
+from .stock import ExpertsSwitch, refused_experts
 from .tracing import calling
 
 T = TypeVar("T")
@@ -52,10 +53,8 @@ class Compilation:
         self.target, self.options, self.dynamic = target, options, dynamic
         self.backend = Backend(options)
         self._variants: dict[object, Callable[..., Any]] = {}
-        self._module = target if isinstance(target, nn.Module) else None
+        self._scopes: WeakKeyDictionary[nn.Module, Scope] = WeakKeyDictionary()
         self._switch = ExpertsSwitch(target) if isinstance(target, nn.Module) else contextlib.nullcontext()
-        self._blocks = list(moe_blocks(target).values()) if isinstance(target, nn.Module) else []
-        self._prepared = self._verified = False
 
     @property
     def records(self) -> list[GraphRecord]:
@@ -66,65 +65,61 @@ class Compilation:
         """Run the target, compiled."""
         if torch.compiler.is_compiling() or "all" in logs.disabled():
             return self.target(*args, **kwargs)
-        if self.options.verify and not self._verified and self._module is not None:
-            check_blocks(self._module)
-            self._verified = True
-        if not self._prepared and not torch.is_grad_enabled():
-            self._prepare()
-        variant = self._variants.get(key := tuple(block.dial for block in self._blocks))
+        scopes = [self._scopes.get(module) or self._scope(module) for module in self._modules(args, kwargs)]
+        if not torch.is_grad_enabled():
+            for scope in scopes:
+                if scope.prepared != (device := scope.device):
+                    _prepare(scope)
+                    scope.prepared = device
+        variant = self._variants.get(key := tuple([scope.dials for scope in scopes]))
         if variant is None:
-            self._check_stock()
-            self._load_ahead()
+            _load_ahead(scopes)
             variant = self._variants[key] = self._compile()
         try:
             with self._switch, _breaks_told(self), calling(args, kwargs):
                 return _settled(variant(*args, **kwargs))
         except Exception as error:  # TorchDynamo wraps what its backend raises
-            inner = getattr(error, "inner_exception", None)
+            inner = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
             if isinstance(inner, MoECompileError):
                 raise inner from None
             raise
 
-    def _prepare(self) -> None:
-        """Before the first inference: weights into the layout of the kernels of their device.
+    def _modules(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[nn.Module]:
+        """What is compiled; of a function the modules that it names or is given."""
+        if isinstance(self.target, nn.Module):
+            return (self.target,)
+        return dict.fromkeys((*modules_named(self.target), *modules_in((*args, *kwargs.values()))))
 
-        Those that an optimizer is training stay as they are, and kernels read copies: its moments are stored as the parameter
-        was when they were made, and a fused step goes through the memory of both side by side.
+    def _scope(self, module: nn.Module) -> Scope:
+        """Look through a module that is met for the first time.
+
+        Raises:
+            ParityError: with ``verify``, a block that is not the sum of its experts.
+            CompileError: with ``fullgraph``, experts of a stock MoE that cannot be lowered.
         """
-        self._prepared = True
-        if self._module is None:
-            return
-        trained = _trained()
-        for parameter in _down_projections(self._module):
-            # What is stored must be of the parameter's own kind: a normal tensor in inference mode could not be trained any
-            # more if it were made one of inference, and one of inference cannot hold a normal one.
-            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-                if parameter.device.type == "cpu":
-                    if id(parameter) not in trained:
-                        packing.relayout_(parameter)
-                elif not parameter.is_contiguous():  # was compiled on the CPU before; GPU kernels read rows
-                    parameter.data = parameter.data.contiguous()
+        if self.options.verify:
+            check_blocks(module)
+            check_experts(module)
+        if module is self.target:  # of a function's modules perhaps not all are called: tracing says what it meets
+            self._check_stock(module)
+        scope = self._scopes[module] = Scope(module)
+        return scope
 
-    def _check_stock(self) -> None:
+    def _check_stock(self, module: nn.Module) -> None:
         """Say which experts of a stock MoE stay as they are.
 
         Raises:
             CompileError: there are some, and ``fullgraph`` was asked for.
         """
         told: dict[str, list[str]] = {}
-        for path, reason in refused_experts(self._module).items() if self._module is not None else ():
+        for path, reason in refused_experts(module).items():
             told.setdefault(reason, []).append(path)
         for reason, paths in told.items():
             where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
             if self.options.fullgraph:
                 raise CompileError(f"{where}: the experts cannot be lowered: {reason}")
-            warn_once(f"{where}: the experts run their own forward: {reason}", depth=5)  # the caller's line
-
-    def _load_ahead(self) -> None:
-        """The library of CPU operators is found, or built, while TorchDynamo traces; the passes wait for it."""
-        modules = [] if self._module is None else [*self._blocks, *stock_experts(self._module).values()]
-        if any(parameter.device.type == "cpu" for module in modules for parameter in module.parameters()):
-            threading.Thread(target=_load_operators, name="moecompile-operators", daemon=True).start()
+            warn_once(f"{where}: the experts run their own forward: {reason}", depth=7)  # the caller's line
+            stock.told.update((type(module.get_submodule(path)), reason) for path in paths)
 
     def _compile(self) -> Callable[..., Any]:
         """A function of its own code object, since TorchDynamo counts recompilations by code object."""
@@ -138,6 +133,30 @@ class Compilation:
         )
         own.__kwdefaults__ = None
         return torch.compile(own, backend=self.backend, fullgraph=self.options.fullgraph, dynamic=self.dynamic)
+
+
+def _prepare(scope: Scope) -> None:
+    """Before the first inference on a device: weights into the layout of its kernels.
+
+    Those that an optimizer is training stay as they are, and kernels read copies: its moments are stored as the parameter
+    was when they were made, and a fused step goes through the memory of both side by side.
+    """
+    trained = _trained()
+    for parameter in scope.down_projections():
+        # What is stored must be of the parameter's own kind: a normal tensor in inference mode could not be trained any
+        # more if it were made one of inference, and one of inference cannot hold a normal one.
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+            if parameter.device.type == "cpu":
+                if id(parameter) not in trained:
+                    packing.relayout_(parameter)
+            elif not parameter.is_contiguous():  # was compiled on the CPU before; GPU kernels read rows
+                parameter.data = parameter.data.contiguous()
+
+
+def _load_ahead(scopes: Sequence[Scope]) -> None:
+    """The library of CPU operators is found, or built, while TorchDynamo traces; the passes wait for it."""
+    if any(parameter.device.type == "cpu" for scope in scopes for parameter in scope.down_projections()):
+        threading.Thread(target=_load_operators, name="moecompile-operators", daemon=True).start()
 
 
 def _trained() -> set[int]:
@@ -169,16 +188,6 @@ def _settled(outputs: Any) -> Any:
 
 def _name(target: Any) -> str:
     return str(getattr(target, "__name__", type(target).__name__))
-
-
-def _down_projections(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The projections that CPU kernels read by neuron."""
-    for block in moe_blocks(module).values():
-        yield block.experts.down_proj
-        if block.shared is not None:
-            yield cast(nn.Parameter, block.shared.down_proj.weight)
-    for experts in stock_experts(module).values():
-        yield cast(nn.Parameter, experts.down_proj)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from .attention import attend
-from .codegen import cpu, operators
+from .codegen import cpu, operators, triton_backend
 from .compiled import Compilation, compilation_of
 from .errors import CompileError, InputError
 from .files import write_bytes
 from .linears import linears
+from .passes import lower_cpu, lower_triton
+from .passes.match_experts import moe_nodes, operands_of
+from .passes.nodes import tensor_of
 from .records import GraphRecord, recent
 
 
@@ -34,14 +38,15 @@ def generated_code(compiled: Any = None) -> dict[str, str]:
     """The code that runs, by name: ``kernel_...`` for generated kernels, ``graph_N`` for Inductor's code around them.
 
     Args:
-        compiled: as for :func:`last_graphs`. Kernels are built at their first call.
+        compiled: as for :func:`last_graphs`. Kernels are built at their first call; this is what they are built of.
 
     Raises:
         InputError: it was not compiled by :func:`moecompile.compile`.
     """
     graphs = last_graphs(compiled)
-    kernels = {name for record in graphs for layer in record.layers if (name := layer["backend"]) != "torch"}
-    code = {f"kernel_{spec.name}": source for spec, source in cpu.emitted().items()} if "cpu" in kernels else {}
+    code: dict[str, str] = {}
+    for node in (node for record in graphs for node in moe_nodes(record.graph_module)):
+        code |= _kernel(node)
     if any(node.target in (linears, attend) for record in graphs for node in record.graph.nodes) and operators.loaded():
         code["kernel_operators"] = operators.emit()
     for record in graphs:
@@ -50,8 +55,26 @@ def generated_code(compiled: Any = None) -> dict[str, str]:
     return code
 
 
+def _kernel(node: Node) -> dict[str, str]:
+    """The generated kernel of a lowered block, by name; nothing where there is none."""
+    operands = operands_of(node)
+    try:
+        if operands["backend"] == "cpu":
+            spec = lower_cpu.kernel_of(node)
+            return {f"kernel_{spec.name}": cpu.source(spec)}
+        if operands["backend"] == "triton":
+            x = tensor_of(operands["x"])
+            assert x is not None
+            kernel = triton_backend.kernel_of(lower_triton.kernel_of(node), x.device)
+            return {f"kernel_{kernel.path.stem}": kernel.source}
+    except (cpu.Unavailable, triton_backend.Unavailable):  # the graph's notes say so
+        pass
+    return {}
+
+
 def write_repro(compiled: Any, path: str | Path, graph: int = -1) -> Path:
-    """Write a script that compiles and runs one graph on random inputs of the same shapes, beside eager code.
+    """Write a script that compiles and runs one graph on random inputs of the same shapes, as it was compiled, beside eager
+    code; with rounded weights the two are run, not compared.
 
     Args:
         compiled: what :func:`moecompile.compile` returned, after a call.
@@ -74,15 +97,27 @@ def write_repro(compiled: Any, path: str | Path, graph: int = -1) -> Path:
         text = generate_dynamo_fx_repro_string(
             record.original,
             [_blank(fact, record.training) for fact in record.inputs],
-            "moecompile",
-            check_accuracy=True,
+            "moecompile_repro",
+            check_accuracy=record.options.weights == "same",  # rounded weights differ from eager code's
             stable_output=True,
         )
     except Exception as error:
         raise CompileError(f"graph {record.number} cannot be written as a script: {error}") from error
     names = sorted(set(re.findall(r"\b_operator_(\w+)", text)))
     imports = "".join(f"from operator import {name} as _operator_{name}\n" for name in names)
-    head = f"# Graph {record.number} as it was traced; run: python {Path(path).name}\nimport moecompile\n{imports}"
+    head = f"""# Graph {record.number} as it was traced; run: python {Path(path).name}
+from math import inf
+import torch
+import moecompile
+from moecompile.backend import Backend, CompileOptions
+from torch._dynamo import register_backend
+{imports}
+
+@register_backend(name="moecompile_repro")
+def compiled_as_it_was(graph_module, example_inputs):
+    return Backend({record.options!r})(graph_module, example_inputs)
+
+"""
     write_bytes(Path(path), (head + text.lstrip()).encode())
     return Path(path)
 

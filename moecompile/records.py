@@ -49,6 +49,7 @@ class GraphRecord:
 
     Attributes:
         number: counts the graphs of this process.
+        options: how it was compiled, a :class:`moecompile.backend.CompileOptions`.
         original: as it was traced.
         graph_module: as it went to Inductor.
         passes: one record a pass.
@@ -65,6 +66,7 @@ class GraphRecord:
     original: GraphModule
     graph_module: GraphModule
     training: bool
+    options: Any
     inputs: tuple[Any, ...] = ()
     passes: list[PassRecord] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -93,9 +95,9 @@ class GraphRecord:
 recent: list[GraphRecord] = []
 
 
-def new_record(original: GraphModule, training: bool) -> GraphRecord:
+def new_record(original: GraphModule, training: bool, options: Any) -> GraphRecord:
     """A record for a graph about to be compiled; the last ones of the process are kept besides."""
-    record = GraphRecord(next(_numbers), original, original, training)
+    record = GraphRecord(next(_numbers), original, original, training, options)
     recent.append(record)
     del recent[:-_KEPT_GLOBALLY]
     return record
@@ -126,12 +128,13 @@ def _call(node: Node) -> str:
 
 def observe(record: GraphRecord, step: Pass, before: GraphModule, result: PassResult) -> None:
     """Add a pass to a graph's record, and to the dump folder if there is one."""
-    entry = PassRecord(step.name, result.modified, result.notes, before, result.graph_module)
+    said = (*result.notes, *result.refused)
+    entry = PassRecord(step.name, result.modified, said, before, result.graph_module)
     record.passes.append(entry)
     folder = dump_folder()
     if folder is not None:
         name = f"graph{record.number:03d}-{len(record.passes):02d}-{step.name}.txt"
-        notes = "".join(f"# note: {note}\n" for note in result.notes)
+        notes = "".join(f"# note: {note}\n" for note in said)
         head = f"# graph {record.number}, pass {step.name}: {result.modified} rewritten\n{notes}\n"
         behind = graph_text(result.graph_module)
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MARKS = {"config", "has_gate", "has_bias", "is_transposed", "is_concatenated"}  # what the decorator sets on a module
 _USUAL_GATE = "transformers.integrations.moe"  # where act(gate) * up is defined; a model's own gate is defined elsewhere
 _unregistered: str | None = "the experts implementation is not registered: call register_experts()"
-_told: set[tuple[type, str]] = set()
+told: set[tuple[type, str]] = set()  # what was said of which class
 # Modules found to be served, with their act_fn at that time and its name. Without it a call spent 15 us on the checks.
 _served: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 
@@ -95,7 +95,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 def stock_experts(model: nn.Module) -> dict[str, nn.Module]:
     """The experts modules of a transformers model that ``"moecompile"`` serves, by path."""
-    return {path: module for path, module in _experts(model) if _refusal(module) is None}
+    return {path: module for path, module in _experts(model) if refusal(module) is None}
 
 
 def refused_experts(model: nn.Module) -> dict[str, str]:
@@ -103,7 +103,21 @@ def refused_experts(model: nn.Module) -> dict[str, str]:
 
     Modules without ``@use_experts_implementation`` never ask for an implementation; they appear nowhere.
     """
-    return {path: reason for path, module in _experts(model) if (reason := _refusal(module)) is not None}
+    return {path: reason for path, module in _experts(model) if (reason := refusal(module)) is not None}
+
+
+# What configurations of transformers call K (those of `use_experts_implementation`, 5.23).
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_selected_experts")
+
+
+def chosen(model: nn.Module, experts: nn.Module) -> int | None:
+    """K of a module of experts, as its configuration or the model's says; None where neither does."""
+    own: list[Any] = [one for each in (experts, model) if (one := getattr(each, "config", None)) is not None]
+    for config in [*own, *(each.get_text_config() for each in own if hasattr(each, "get_text_config"))]:
+        for name in _CHOSEN:
+            if isinstance(found := getattr(config, name, None), int) and found > 0:
+                return found
+    return None
 
 
 class ExpertsSwitch:
@@ -173,7 +187,7 @@ def _activation_or_warn(module: Any) -> str | None:
     known = _served.get(module)
     if known is not None and known[0] is act:
         return known[1]
-    reason = _refusal(module)
+    reason = refusal(module)
     if reason is not None:
         _warn_once(type(module), reason)
         return None
@@ -184,13 +198,13 @@ def _activation_or_warn(module: Any) -> str | None:
 
 
 def _warn_once(kind: type, reason: str) -> None:
-    if (kind, reason) not in _told:
-        _told.add((kind, reason))
+    if (kind, reason) not in told:
+        told.add((kind, reason))
         text = f"{kind.__name__} runs its own eager forward, not moecompile's: {reason}"
         warnings.warn(f"{text}; experts_implementation='grouped_mm' may be faster for it", UserWarning, stacklevel=4)
 
 
-def _refusal(module: Any) -> str | None:
+def refusal(module: Any) -> str | None:
     """Why ``expert_ffn`` cannot compute this experts module, or None."""
     if _unregistered is not None:
         return _unregistered

@@ -25,11 +25,14 @@ class PassResult:
         graph_module: the new graph, or the given one when nothing was to be done.
         modified: how many places were rewritten.
         notes: what was left alone and why, a line each.
+        refused: what will not be computed as asked for, and why, a line each: plain operators for a kernel, stored weights for
+            rounded ones. With ``fullgraph`` that is an error, and otherwise a warning.
     """
 
     graph_module: GraphModule
     modified: int
     notes: tuple[str, ...] = field(default=())
+    refused: tuple[str, ...] = field(default=())
 
 
 class Pass(Protocol):
@@ -89,7 +92,7 @@ def run_passes(
         PassError: a pass needs a property that no earlier one ensured, or its graph is malformed.
     """
     known: set[str] = set()
-    modified, notes = 0, []
+    modified, notes, refused = 0, [], []
     for step in passes:
         missing = step.requires - known
         if missing:
@@ -109,8 +112,9 @@ def run_passes(
             observe(step, graph_module, result)
         graph_module = result.graph_module
         modified += result.modified
-        notes += [f"{step.name}: {note}" for note in result.notes]
-    return PassResult(graph_module, modified, tuple(notes))
+        notes += [f"{step.name}: {note}" for note in (*result.notes, *result.refused)]
+        refused += result.refused
+    return PassResult(graph_module, modified, tuple(notes), tuple(refused))
 
 
 def _lint(step: Pass, graph_module: GraphModule) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import GraphModule, Node
 
 from ..codegen import cpu
-from ..lowered import warn_once
+from ..codegen.block_spec import BlockKernelSpec
 from .base import PassResult, clone
 from .match_experts import computed_weights, moe_nodes, operands_of, set_operands
-from .nodes import site_of, tensor_of
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .nodes import Refusals, tensor_of
 
 
 class LowerCPU:
@@ -32,7 +29,8 @@ class LowerCPU:
         """The graph with CPU blocks lowered; one that no kernel can compute stays in torch operators, with the reason."""
         if not moe_nodes(graph_module):
             return PassResult(graph_module, 0)
-        result, lowered, notes = clone(graph_module), 0, []
+        result, lowered = clone(graph_module), 0
+        plain, stored = Refusals("plain torch operators"), Refusals("weights stay as they are stored")
         for node in moe_nodes(result):
             operands, x = operands_of(node), tensor_of(operands_of(node)["x"])
             if x is None or x.device.type != "cpu":
@@ -41,21 +39,43 @@ class LowerCPU:
             if refused is None:
                 set_operands(node, self.name, weight_format=self.weight_format)
             else:
-                notes.append(f"{site_of(node)}: node {node.name}: weights stay as they are stored: {refused}")
-                warn_once(f"weights='{self.weight_format}' is left out: {refused}")
-            reason = cpu.unsupported(str(operands["activation"]))
-            if x.dtype not in _DTYPES:
-                reason = f"there is no CPU kernel for {str(x.dtype).removeprefix('torch.')}"
-            if reason:
-                notes.append(f"{site_of(node)}: node {node.name}: plain torch operators: {reason}")
+                stored.add(node, refused)
+            if reason := cpu.unsupported(str(operands["activation"])) or _without(node):
+                plain.add(node, reason)
                 continue
             set_operands(node, self.name, backend="cpu")
             lowered += 1
         result.recompile()
-        return PassResult(result, lowered, tuple(notes))
+        return PassResult(result, lowered, refused=(*stored.notes(), *plain.notes()))
 
     def _refusal(self, node: Node) -> str | None:
         """Why a block's weights are read as they are stored, where something else was asked for; or None."""
         if self.weight_format == "same":
             return None
         return computed_weights(node) if self.weight_format == "int8" else f"CPU kernels have no {self.weight_format} weights"
+
+
+def _without(node: Node) -> str | None:
+    """Why there is no kernel for a node's operands, or None."""
+    try:
+        kernel_of(node)
+    except cpu.Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def kernel_of(node: Node) -> BlockKernelSpec:
+    """The kernel that a lowered block runs.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    operands = operands_of(node)
+    named = {name: tensor_of(operands[name]) for name in cpu.STATIC}
+    x = tensor_of(operands["x"])
+    assert x is not None
+    score, normalise, activation, gated, weight_format = (
+        operands[each] for each in ("score", "normalise", "activation", "gated", "weight_format")
+    )
+    weighted = operands["weights"] is not None
+    return cpu.spec_of(x, named, weighted, score, normalise, activation, gated, weight_format)  # type: ignore[arg-type]

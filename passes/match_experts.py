@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 from .. import lowered
 from ..ops import expert_ffn
 from .base import PassResult, clone
-from .nodes import erase_unread, inherit, meaning, site_of, tensor_of, written
+from .nodes import Refusals, erase_unread, inherit, meaning, site_of, tensor_of, written
 
 EXPERT_FFN = expert_ffn._opoverload
 
@@ -20,8 +20,8 @@ class MatchExperts:
     ensures = frozenset({"moe_ffn"})
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
-        """The graph with a ``moe_ffn`` for each ``expert_ffn``; one whose K is not known is left, with a note."""
-        result, found, notes = clone(graph_module), 0, []
+        """The graph with a ``moe_ffn`` for each ``expert_ffn``; one whose K is not known is left, with the reason."""
+        result, found, refused = clone(graph_module), 0, Refusals("stays expert_ffn")
         changed = written(result.graph)
         for node in list(result.graph.nodes):
             if node.op != "call_function" or node.target not in (EXPERT_FFN, EXPERT_FFN.overloadpacket):
@@ -29,7 +29,7 @@ class MatchExperts:
             x, ids, weights, up, down, up_bias, down_bias, activation, gated = node.args
             chosen = tensor_of(ids)
             if chosen is None or not isinstance(chosen.shape[-1], int):
-                notes.append(f"{site_of(node)}: node {node.name}: how many experts are chosen is not known at compile time")
+                refused.add(node, "how many experts are chosen is not known at compile time")
                 continue
             operands = dict.fromkeys(lowered.OPERANDS)
             operands.update(
@@ -48,7 +48,7 @@ class MatchExperts:
             erase_unread(result.graph, [weights])
             found += 1
         result.recompile()
-        return PassResult(result, found, tuple(notes))
+        return PassResult(result, found, refused=refused.notes())
 
 
 def computed_weights(node: Node) -> str | None:

@@ -136,9 +136,14 @@ def record_value(node: Node, value: Any) -> None:
 
 
 class Refusals:
-    """Why a pass left nodes alone: the first place and the number of the others, for each reason."""
+    """Why a pass left nodes alone: the first place and the number of the others, for each reason.
 
-    def __init__(self) -> None:
+    Args:
+        what: what becomes of them.
+    """
+
+    def __init__(self, what: str = "stays torch's") -> None:
+        self._what = what
         self._count, self._first = Counter[str](), dict[str, str]()
 
     def add(self, node: Node, reason: str) -> None:
@@ -149,7 +154,7 @@ class Refusals:
     def notes(self) -> tuple[str, ...]:
         """A line for each reason."""
         return tuple(
-            f"{self._first[reason]}{f' and {count - 1} more' if count > 1 else ''}: stays torch's: {reason}"
+            f"{self._first[reason]}{f' and {count - 1} more' if count > 1 else ''}: {self._what}: {reason}"
             for reason, count in self._count.items()
         )
 

@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 import moecompile
 from moecompile import lowered, stock
-from moecompile.errors import CompileError
+from moecompile.errors import CompileError, ParityError
 from moecompile.lowered import FallbackWarning
 
 stock.register_experts()
@@ -180,7 +180,7 @@ def test_chosen_when_loading_and_when_set(models: dict[str, Any], tmp_path: Path
 
 
 def test_gpt_oss_keeps_its_own_experts_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stock, "_told", set())
+    monkeypatch.setattr(stock, "told", set())
     model = build("GptOss", {**_BASE, "num_local_experts": 4, "head_dim": 8})
     wanted = model(tokens()).logits
     assert not stock.stock_experts(model)
@@ -207,15 +207,57 @@ def test_compile_lowers_the_experts_of_stock_models(name: str, models: dict[str,
     assert [layer["backend"] for layer in record.layers] == ["cpu"] * FAMILIES[name][2]
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_stock_experts_are_lowered_wherever_they_are_met(implementation: str, models: dict[str, Any]) -> None:
+    """In functions, methods and behind torch.compile, whatever the model is set to; other backends get transformers' own."""
+    model = copy.deepcopy(models["olmoe"])
+    wanted = model(tokens()).logits
+    model.set_experts_implementation(implementation)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        assert apart(torch.compile(model, backend="moecompile")(tokens()).logits, wanted) < 1e-5
+        assert [layer["backend"] for layer in moecompile.last_graphs()[-1].layers] == ["cpu"] * 2
+        fast = without_inductor(moecompile.compile(lambda ids: {"model": model}["model"](ids).logits, fullgraph=True))
+        assert apart(fast(tokens()), wanted) < 1e-5
+        (record,) = moecompile.last_graphs(fast)
+        assert [layer["backend"] for layer in record.layers] == ["cpu"] * 2
+        assert model.config._experts_implementation == implementation
+        torch._dynamo.reset()
+        graphs: list[torch.fx.GraphModule] = []
+        torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)(tokens())
+    assert graphs and not any("expert_ffn" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
+def test_verification_of_stock_experts(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(models["mixtral"])
+    torch._dynamo.reset()
+    with torch.no_grad():
+        without_inductor(moecompile.compile(model, verify=True))(tokens())
+        monkeypatch.setattr("moecompile.checking.experts_forward", lambda *operands: stock.experts_forward(*operands) + 0.1)
+        with pytest.raises(ParityError, match=r"model\.layers\.0\.mlp\.experts: all experts on"):
+            moecompile.compile(model, verify=True)(tokens())
+
+
 def test_compiling_experts_that_cannot_be_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowered, "_told", set())
+    monkeypatch.setattr(stock, "told", set())
     torch._dynamo.reset()
     model = build("GptOss", {**_BASE, "num_local_experts": 4, "head_dim": 8})
     with pytest.raises(CompileError, match=r"model.layers.0.mlp.experts and 1 more: .*_apply_gate"):
         moecompile.compile(model, fullgraph=True)(tokens())
     fast = without_inductor(moecompile.compile(model))
-    with pytest.warns(FallbackWarning, match=r"model.layers.0.mlp.experts and 1 more: .*_apply_gate"), torch.no_grad():
+    with pytest.warns(FallbackWarning, match=r"model.layers.0.mlp.experts and 1 more: .*_apply_gate") as told, torch.no_grad():
         assert apart(fast(tokens()).logits, model(tokens()).logits) < 1e-5
+    assert len([w for w in told if "_apply_gate" in str(w.message)]) == 1
+    monkeypatch.setattr(stock, "told", set())
+    monkeypatch.setattr(lowered, "_told", set())
+    torch._dynamo.reset()
+    with pytest.raises(CompileError, match=r"GptOssExperts: .*_apply_gate"):
+        moecompile.compile(lambda ids: model(ids), fullgraph=True)(tokens())
+    around = torch.compile(model, backend="moecompile", options={"max_autotune": False})
+    with pytest.warns(FallbackWarning, match=r"GptOssExperts: .*_apply_gate") as told, torch.no_grad():
+        assert apart(around(tokens()).logits, model(tokens()).logits) < 1e-5
+    assert len([w for w in told if "_apply_gate" in str(w.message)]) == 1
 
 
 class Plain(nn.Module):

@@ -136,22 +136,18 @@ def _model_specs(options: argparse.Namespace) -> list[TritonSpec]:
     return specs
 
 
-# What configurations of transformers call K (those of `use_experts_implementation`, 5.23).
-_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_selected_experts")
-
-
 def _chosen(model: Any, experts: Any) -> int:
     """K of a stock model.
 
     Raises:
         InputError: its configuration does not say.
     """
-    own = [one for one in (getattr(experts, "config", None), getattr(model, "config", None)) if one is not None]
-    for config in [*own, *(each.get_text_config() for each in own if hasattr(each, "get_text_config"))]:
-        for name in _CHOSEN:
-            if isinstance(found := getattr(config, name, None), int) and found > 0:
-                return found
-    raise InputError(f"the configuration of {type(model).__name__} does not say how many experts a token has; give --shape")
+    from ..stock import chosen
+
+    found = chosen(model, experts)
+    if found is None:
+        raise InputError(f"the configuration of {type(model).__name__} does not say how many experts a token has; give --shape")
+    return found
 
 
 def _dtype(options: argparse.Namespace, tensor: torch.Tensor) -> str:
