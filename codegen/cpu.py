@@ -8,6 +8,7 @@ The number of tokens and ``top_k`` are arguments of a kernel: neither makes it c
 from __future__ import annotations
 
 import operator
+import os
 import threading
 import time
 import weakref
@@ -111,16 +112,26 @@ def build(spec: BlockKernelSpec) -> Callable[..., None]:
     with _lock:
         kernel = _kernels.get(spec)
         if kernel is None:
-            start = time.perf_counter()
+            start = time.time()
             try:
                 kernel = _compile(spec)
-                log("cache", f"CPU kernel {spec.name}: built, or found on disk, in {time.perf_counter() - start:.1f} s")
+                log("cache", f"CPU kernel {spec.name}: {origin(getattr(kernel, '__self__', None), start)}")
             except Unavailable as error:
                 kernel = str(error)
             _kernels[spec] = kernel
     if isinstance(kernel, str):
         raise Unavailable(kernel)
     return kernel
+
+
+def origin(library: object, start: float) -> str:
+    """Where a library comes from that was asked for at ``start`` (``time.time()``), in words."""
+    path = str(getattr(library, "__file__", None) or getattr(library, "_name", ""))
+    try:
+        found = os.stat(path).st_mtime < start
+    except OSError:  # no file, or none any more
+        return f"loaded in {time.time() - start:.1f} s"
+    return f"{'found on disk' if found else 'built'} in {time.time() - start:.1f} s: {path}"
 
 
 def _compile(spec: BlockKernelSpec) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from ..logs import log
-from .cpu import Unavailable, available, first_error, template
+from .cpu import Unavailable, available, first_error, origin, template
 
 # Tokens that the kernel takes itself; more go to torch's matrix product. (2 cores, q, k and v of D = 576, float32 and bfloat16:
 # 8 tokens take half and two thirds of torch's time.)
@@ -70,10 +70,10 @@ def load() -> None:
     """
     with _lock:
         if not _loaded and not _failed:
-            start = time.perf_counter()
+            start = time.time()
             try:
                 _loaded.append(_compile())
-                log("cache", f"CPU operators: built, or found on disk, in {time.perf_counter() - start:.1f} s")
+                log("cache", f"CPU operators: {origin(_loaded[0], start)}")
             except Unavailable as error:
                 _failed.append(str(error))
     if _failed:

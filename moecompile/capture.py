@@ -12,8 +12,10 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.export._trace
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -163,7 +165,9 @@ def capture(model: nn.Module, inputs: Any = None, *, dynamic: bool = True) -> Ca
             shapes = {name: _dynamic_shape(value, True) for name, value in zip(names, args, strict=False)}
             shapes.update({name: _dynamic_shape(value, True) for name, value in kwargs.items()})
     try:
-        with torch.no_grad(), without_cache(model):
+        # Where it fails on a size that depends on data it prints the whole graph.
+        silent = mock.patch.object(torch.export._trace, "print", lambda *_, **__: None, create=True)
+        with torch.no_grad(), without_cache(model), silent:
             program = torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
             graph_module = program.module(check_guards=False)
     except Exception as error:  # torch.export raises dozens of types; each is a reason, none may escape as a traceback

@@ -21,7 +21,7 @@ from .parity import tolerance_for
 from .passes.match_experts import EXPERT_FFN
 from .passes.nodes import site_of
 from .records import GraphRecord
-from .stock import experts_forward, stock_experts
+from .stock import experts_forward, stock_experts, width_of
 
 # Two experts whose scores differ by less than this share of the largest score are a tie: which of them is taken depends on the
 # order of a sum (float32 scores of a real model differ by up to 1e-6 relative between two orders).
@@ -321,7 +321,7 @@ def check_experts(model: nn.Module) -> int:
     for name, experts in served.items():
         down: Any = experts.down_proj
         generator = torch.Generator().manual_seed(0)
-        count, hidden = down.shape[0], down.shape[1 if not experts.is_transposed else 2]
+        count, hidden, _ = width_of(experts)
         x = torch.randn(4, hidden, generator=generator).to(device=down.device, dtype=down.dtype)
         weights = torch.rand(4, count, generator=generator).to(device=down.device, dtype=down.dtype)
         everyone = torch.arange(count, device=down.device).expand(4, -1)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from . import stock
 from .block import MoEFFN
+from .codegen import stored
 from .codegen.spec import ExpertKernelSpec
 from .front import PreGate
 from .sites import FFNSite
@@ -135,35 +137,102 @@ def _best(work: Any, device: str) -> float:
     return min(taken)
 
 
-def decode_bytes(model: nn.Module) -> int:
-    """Bytes of weights that one decoded token reads: of the experts the chosen, of an input embedding none."""
-    parameters = {id(p): p for p in model.parameters()}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+def decode_bytes(model: nn.Module, weights: str = "same") -> int:
+    """Bytes of weights that one decoded token reads: of the experts the chosen, of an input embedding none.
+
+    Args:
+        model: dense, converted, or an MoE of transformers, whose configuration says how many experts are chosen (all of them
+            are counted where it does not).
+        weights: how kernels read them, as of :func:`moecompile.compile`.
+    """
+    sizes = {id(p): float(p.numel() * p.element_size()) for p in model.parameters()}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    heads = {id(module.weight) for module in linears}
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and id(module.weight) not in linear:
-            parameters.pop(id(module.weight), None)
-    total = sum(p.numel() * p.element_size() for p in parameters.values())
+        if isinstance(module, nn.Embedding) and id(module.weight) not in heads:
+            sizes.pop(id(module.weight), None)
+    for parameter, by_column in _rounded(model, linears, weights):
+        sizes[id(parameter)] = _stored_bytes(parameter, weights, by_column)
+    for experts, share in _active(model):
+        for parameter in experts.parameters():
+            sizes[id(parameter)] *= share
     for block in (m for m in model.modules() if isinstance(m, MoEFFN)):
-        experts = sum(p.numel() * p.element_size() for p in block.experts.parameters())
-        total -= round(experts * (1 - block.top_k / block.spec.experts)) if block.spec.experts else 0
-        if block.exact is not None:
-            total -= sum(p.numel() * p.element_size() for p in block.exact.parameters())
-    return total
+        for parameter in block.exact.parameters() if block.exact is not None else ():
+            sizes.pop(id(parameter), None)
+    return round(sum(sizes.values()))
 
 
-def floor_seconds(model: nn.Module) -> dict[str, float]:
+def _active(model: nn.Module) -> Iterator[tuple[nn.Module, float]]:
+    """(experts, the share of them that a token uses)."""
+    for block in (m for m in model.modules() if isinstance(m, MoEFFN)):
+        if block.spec.experts:
+            yield block.experts, block.top_k / block.spec.experts
+    for experts in stock.all_experts(model).values():
+        count, top_k = stock.width_of(experts)[0], stock.chosen(model, experts)
+        yield experts, 1.0 if top_k is None else min(1.0, top_k / count)
+
+
+def _rounded(model: nn.Module, linears: Sequence[nn.Linear], weights: str) -> Iterator[tuple[Tensor, bool]]:
+    """The matrices that are read in another form than they are stored, and whether by column, as CPU kernels read the down
+    projections: a scale for each neuron."""
+    if weights == "same":
+        return
+    on_cpu = next(iter(model.parameters())).device.type == "cpu"
+    shared = set[int]()
+    for block in (m for m in model.modules() if isinstance(m, MoEFFN)):
+        yield block.experts.up, False
+        yield block.experts.down_proj, on_cpu
+        for each in block.shared.modules() if block.shared is not None else ():
+            if isinstance(each, nn.Linear):
+                shared.add(id(each))
+                if on_cpu:
+                    yield each.weight, each is block.shared.down_proj  # type: ignore[union-attr]
+    for experts in stock.stock_experts(model).values():
+        turned = bool(experts.is_transposed)
+        yield (experts.gate_up_proj if experts.has_gate else experts.up_proj), turned  # type: ignore[misc]
+        yield experts.down_proj, on_cpu != turned  # type: ignore[misc]
+    if weights == "int8-all":
+        yield from ((module.weight, False) for module in linears if id(module) not in shared)
+
+
+def _stored_bytes(matrix: Tensor, weights: str, by_column: bool) -> float:
+    """Bytes of a matrix and of its float32 scales."""
+    columns = matrix.shape[-2] if by_column else matrix.shape[-1]
+    cpu = matrix.device.type == "cpu"
+    kind, group = ("int8", 0) if cpu else stored.parsed(stored.FORMATS["int8" if weights == "int8-all" else weights])
+    rows = matrix.numel() // columns
+    return matrix.numel() * (0.5 if kind == "int4" else 1.0) + 4.0 * rows * (-(-columns // group) if group else 1)
+
+
+def stock_costs(model: nn.Module) -> dict[str, int]:
+    """Of the experts of an MoE of transformers: ``ffn_parameters``, all of them; ``flops_per_token``, of the chosen and their
+    routers."""
+    parameters = flops = 0
+    for experts in stock.all_experts(model).values():
+        count, hidden, width = stock.width_of(experts)
+        gated = bool(experts.has_gate)
+        spec = ExpertKernelSpec(hidden, width, count, stock.chosen(model, experts) or count, gated, "")
+        parameters += count * spec.matrices * hidden * width
+        flops += spec.flops(1) + _ROUTER_FLOPS * count * hidden
+    return {"ffn_parameters": parameters, "flops_per_token": flops}
+
+
+def floor_seconds(model: nn.Module, weights: str = "same") -> dict[str, float]:
     """The device's floor: no decoded token can be faster than its weights are read, none of a prompt than it is computed.
+
+    Args:
+        weights: as of :func:`decode_bytes`.
 
     Returns:
         ``decode_seconds`` per token, ``prefill_seconds`` per token, ``bytes_per_second``, ``flops_per_second``.
     """
     parameter = next(iter(model.parameters()))
     speed = device_speed(str(parameter.device))
-    read = decode_bytes(model)
+    read, active = decode_bytes(model, weights), decode_bytes(model) // parameter.element_size()
     return {
         "decode_bytes": read,
         "decode_seconds": read / speed.bytes_per_second,
-        "prefill_seconds": 2 * read / parameter.element_size() / speed.flops_per_second,
+        "prefill_seconds": 2 * active / speed.flops_per_second,
         "bytes_per_second": speed.bytes_per_second,
         "flops_per_second": speed.flops_per_second,
     }

@@ -13,12 +13,13 @@ from torch import nn
 from .apply import moe_blocks
 from .capture import capture
 from .compiled import Compilation
-from .costs import dense_costs, floor_seconds, moe_costs
+from .costs import dense_costs, floor_seconds, moe_costs, stock_costs
 from .errors import CaptureError, InputError
 from .inspection import lowering
 from .match import match
 from .records import GraphRecord
 from .sites import FFNSite, Skipped
+from .stock import all_experts, chosen, using_moecompile_experts, width_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Explanation:
         costs: ``parameters``, ``ffn_parameters``, ``flops_per_token`` (of the FFNs), ``bytes``; of a converted model those of
             :func:`moecompile.costs.moe_costs`; ``floor``, the device's (:func:`moecompile.costs.floor_seconds`).
         dynamic: the dimensions of each input that stayed symbolic.
-        blocks: the MoE blocks of a converted model: ``name``, and their shape in words.
+        blocks: the MoE blocks of a converted model, and the experts of one of transformers: ``name``, and their shape in words.
         layers: of a compiled model, what became of each MoE layer in each graph compiled so far.
         notes: of a compiled model, what was left alone or fell back, and why.
     """
@@ -102,7 +103,7 @@ class Explanation:
 
     def _cost_lines(self) -> list[str]:
         costs, floor = self.costs, self.costs["floor"]
-        if not costs["flops_per_token"]:  # a stock MoE, say: which of its weights a token reads is not counted
+        if not costs["flops_per_token"]:  # nothing that is counted: no FFN, no experts
             return [f"costs: {costs['bytes'] / 2**20:.1f} MiB of weights"]
         dense = f" (dense {costs['flops_per_token_dense'] / 1e6:.1f})" if "flops_per_token_dense" in costs else ""
         flops, speed = f"{costs['flops_per_token'] / 1e6:.1f} MFLOP per token in the FFNs", floor["bytes_per_second"] / 1e9
@@ -112,6 +113,12 @@ class Explanation:
             f"costs: {costs['bytes'] / 2**20:.1f} MiB of weights, {flops}{dense}",
             f"{device}: {read}: {floor['decode_seconds'] * 1e3:.2f} ms at least",
         ]
+
+
+def _stock_shape(model: nn.Module, experts: nn.Module) -> str:
+    count, hidden, width = width_of(experts)
+    top_k = chosen(model, experts)
+    return f"D={hidden}, experts={count}x{width}, top_k={'unknown' if top_k is None else top_k}, {type(experts).__name__}"
 
 
 def _notes(records: Iterable[GraphRecord]) -> Iterator[str]:
@@ -137,18 +144,19 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     module = compilation.target if compilation is not None else model
     if not isinstance(module, nn.Module):
         raise InputError(f"explain takes a module, not {type(model).__name__}; last_graphs says what became of a function")
-    blocks = moe_blocks(module)
+    blocks, experts = moe_blocks(module), all_experts(module)
     sites: tuple[FFNSite, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     dynamic: dict[str, tuple[int, ...]] = {}
     try:
-        captured = capture(module, example_inputs)
+        with using_moecompile_experts(module):  # transformers' eager ones cannot be captured
+            captured = capture(module, example_inputs)
         matched = match(captured)
         sites, dynamic = matched.sites, dict(captured.dynamic)
         # A block's router and shared expert are linear layers too, and no news.
-        skipped = tuple(k for k in matched.skipped if not any(k.name.startswith(name) for name in blocks))
+        skipped = tuple(k for k in matched.skipped if not any(k.name.startswith(name) for name in (*blocks, *experts)))
     except CaptureError:
-        if not blocks and compilation is None:
+        if not blocks and not experts and compilation is None:
             raise
     costs: dict[str, Any] = dict(dense_costs(module, sites))
     plan = getattr(module, "moecompile_plan", None)
@@ -156,14 +164,19 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
         dense = dense_costs(module, [planned.site for planned in plan.sites])
         costs = moe_costs(module, list(blocks.values()), dense)
         del costs["parameters_dense"], costs["bytes_dense"]
-    costs["floor"] = floor_seconds(module)
+    for name, value in stock_costs(module).items():
+        costs[name] += value
+    costs["floor"] = floor_seconds(module, "same" if compilation is None else compilation.options.weights)
     return Explanation(
         type(module).__name__,
         tuple(site for site in sites if not any(site.name.startswith(name) for name in blocks)),
         skipped,
         costs,
         dynamic,
-        tuple({"name": name, "shape": block.extra_repr()} for name, block in blocks.items()),
+        (
+            *({"name": name, "shape": block.extra_repr()} for name, block in blocks.items()),
+            *({"name": name, "shape": _stock_shape(module, each)} for name, each in experts.items()),
+        ),
         tuple(lowering(compilation)) if compilation is not None else (),
         tuple(_notes(compilation.records)) if compilation is not None else (),
     )

@@ -76,7 +76,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     activation = _activation_or_warn(self)
     if activation is None:
         return inspect.unwrap(type(self).forward)(self, hidden_states, top_k_index, top_k_weights)
-    up, down, up_bias, down_bias = _weights(self)
+    up, down, up_bias, down_bias = weights_of(self)
     kind = hidden_states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else up.dtype
     y = expert_ffn(
@@ -118,6 +118,17 @@ def chosen(model: nn.Module, experts: nn.Module) -> int | None:
             if isinstance(found := getattr(config, name, None), int) and found > 0:
                 return found
     return None
+
+
+def all_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules whose weights are stored as the operator wants them, by path, whether it serves them or not."""
+    return {path: module for path, module in _experts(model) if _weights_refusal(module) is None}
+
+
+def width_of(experts: nn.Module) -> tuple[int, int, int]:
+    """(N, D, I) of an experts module."""
+    _, down, _, _ = weights_of(experts)
+    return down.shape[0], down.shape[1], down.shape[2]
 
 
 class ExpertsSwitch:
@@ -169,7 +180,7 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # no node in a traced graph where nothing changes
 
 
-def _weights(module: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def weights_of(module: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """up (N, G*I, D), down (N, D, I) and their biases (N, G*I), (N, D) or None; transposed storage is viewed, not copied."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, name), module.down_proj
@@ -228,7 +239,7 @@ def _many_processes() -> bool:
 
 def _weights_refusal(module: Any) -> str | None:
     try:
-        up, down, up_bias, down_bias = _weights(module)
+        up, down, up_bias, down_bias = weights_of(module)
     except (AttributeError, IndexError) as error:
         return f"its weights are not stored as 3-D tensors under the usual names ({error})"
     given = [tensor for tensor in (up, down, up_bias, down_bias) if tensor is not None]

@@ -112,8 +112,9 @@ def _names() -> Iterator[None]:
     """Parsing every traced source file for the names of its functions, for a line of a log that is not written."""
     from torch._dynamo import symbolic_convert
 
-    log = getattr(symbolic_convert, "trace_call_log", None)
-    if log is None or log.isEnabledFor(logging.DEBUG) or not hasattr(symbolic_convert, "get_funcname"):
+    logs = [getattr(symbolic_convert, name, None) for name in ("trace_call_log", "trace_source_log")]
+    wanted = any(log is None or log.isEnabledFor(logging.DEBUG) for log in logs)
+    if wanted or not hasattr(symbolic_convert, "get_funcname"):
         yield
         return
     with mock.patch.object(symbolic_convert, "get_funcname", lambda *_: None):

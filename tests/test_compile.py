@@ -170,6 +170,17 @@ def test_generation_is_that_of_the_model_with_few_graphs(cache: str) -> None:
     assert len(moecompile.last_graphs(fast)) <= 3
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_generation_through_inductor(mode: str) -> None:
+    """In every mode of torch.compile, token for token."""
+    moe = calibrated()
+    fast = moecompile.compile(moe, mode=mode, fullgraph=True)
+    prompt, options = tokens(2, 7), {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(moe.generate(prompt, **options), fast.generate(prompt, **options))
+    records = moecompile.last_graphs(fast)
+    assert len(records) == 2 and all(record.output_code and not record.fallback for record in records)
+
+
 def test_sizes_that_are_equal_by_chance() -> None:
     """A prompt as long as a head is wide, as many sequences as there are heads: no graph more for others."""
     moe = calibrated()

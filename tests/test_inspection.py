@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import calibrated, plain, tokens, without_inductor
-from moecompile.passes import PassResult, clone
+from compiling import calibrated, dense_model, plain, tokens, without_inductor
+from moecompile.codegen import cpu, triton_backend
+from moecompile.passes import PassResult, clone, lower_triton
 from moecompile.passes.match_experts import moe_nodes, set_operands
 from moecompile.passes.pipeline import inference_passes
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import moecompile
 from moecompile.compiled import compilation_of
 from moecompile.errors import InputError
 from moecompile.parity import tolerance_for
+from moecompile.recipes import Contiguous
 
 IDS = tokens(2, 11)
 
@@ -63,6 +67,45 @@ def test_logs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     monkeypatch.setenv("MOECOMPILE_LOGS", "match,everything")
     with pytest.raises(InputError, match="no artifact 'everything'"):
         called(plain())
+
+
+def test_logs_of_what_is_generated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Plans, code, where kernels come from, launch constants."""
+    monkeypatch.setenv("MOECOMPILE_LOGS", "plan,output_code,cache,autotune")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(cpu, "_kernels", {})
+    dense = dense_model(intermediate_size=88)  # no other test builds its kernel
+    fast = moecompile.compile(dense, plan=Contiguous(experts=6, shared=2, top_k=2))
+    with torch.no_grad():
+        fast(input_ids=IDS)
+    lines = capsys.readouterr().err.splitlines()
+    assert "[moecompile:plan] model.layers.1.mlp: D=32, shared=" in "\n".join(lines)
+    assert any(line.startswith("[moecompile:output_code]") and "moe_ffn" in line for line in lines)
+    if cpu.available() is None:
+        assert any(line.startswith("[moecompile:cache] CPU kernel") and ": built in" in line for line in lines)
+        spec = next(iter(cpu._kernels))
+        cpu._kernels.clear()
+        cpu.build(spec)
+        assert "found on disk in" in capsys.readouterr().err
+    if importlib.util.find_spec("triton"):
+        node = moe_nodes(moecompile.last_graphs(fast)[-1].graph_module)[0]
+        triton_backend._tuned.cache_clear()
+        triton_backend.kernel_of(lower_triton.kernel_of(node), torch.device("cpu"))
+        assert "[moecompile:autotune]" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
+def test_generated_code_of_graphs_on_gpus() -> None:
+    """A graph lowered to Triton shows the kernel's source, and another model's kernels are not in it."""
+    called(plain())
+    fast = called(plain(dense_model(intermediate_size=96)))
+    (record,) = moecompile.last_graphs(fast)
+    (name,) = [name for name in moecompile.generated_code(fast) if name.startswith("kernel_") and name != "kernel_operators"]
+    assert "kernel(" in moecompile.generated_code(fast)[name]
+    for node in moe_nodes(record.graph_module):
+        set_operands(node, "test", backend="triton")
+    (code,) = [code for name, code in moecompile.generated_code(fast).items() if name != "kernel_operators"]
+    assert "@triton.jit" in code and "def expert_ffn" in code
 
 
 def test_switching_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +201,48 @@ def test_explaining_what_is_compiled_otherwise() -> None:
     record = compilation_of(net).records[0]
     record.fallback = "no room"
     assert f"note: graph {record.number} runs in eager mode: no room" in str(moecompile.explain(net, (IDS,)))
+
+
+def test_explaining_a_stock_moe() -> None:
+    """Which experts there are, what a token computes and reads of them."""
+    config = MixtralConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = MixtralForCausalLM._from_config(config, experts_implementation="eager").eval()
+    told = moecompile.explain(model)
+    assert [block["name"] for block in told.blocks] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    assert "D=32, experts=4x24, top_k=1" in str(told)
+    one = 3 * 32 * 24  # a gated expert's numbers
+    assert told.costs["flops_per_token"] == 2 * 2 * (one + 4 * 32) and told.costs["ffn_parameters"] == 2 * 4 * one
+    weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+    assert told.costs["floor"]["decode_bytes"] == 4 * (weights - 2 * 3 * one)
+    rounded = moecompile.explain(moecompile.compile(model, weights="int8")).costs["floor"]["decode_bytes"]
+    assert rounded == 4 * (weights - 2 * 4 * one) + 2 * (one + 4 * 3 * 24)  # and a scale for each row of a neuron
+
+
+def test_what_rounded_weights_read() -> None:
+    moe = plain()
+    reads = [
+        moecompile.explain(moecompile.compile(moe, weights=weights)).costs["floor"]["decode_bytes"]
+        for weights in ("same", "int8", "int8-all")
+    ]
+    linears = sum(m.weight.numel() for n, m in moe.named_modules() if isinstance(m, nn.Linear) and "mlp" not in n)
+    rows = sum(m.out_features for n, m in moe.named_modules() if isinstance(m, nn.Linear) and "mlp" not in n)
+    routers = sum(b.router.weight.numel() for b in moecompile.moe_blocks(moe).values())
+    assert reads[0] > reads[1] > reads[2]
+    assert 0 <= (reads[1] - reads[2]) - (3 * linears - 4 * rows) <= 3 * routers  # a block's router is no linear layer there
+
+
+def test_repro_scripts_compile_as_it_was_compiled(tmp_path: Path) -> None:
+    fast = called(plain(), weights="int8", mode="max-autotune-no-cudagraphs")
+    script = moecompile.write_repro(fast, tmp_path / "repro.py")
+    assert "weights='int8'" in script.read_text() and "max-autotune-no-cudagraphs" in script.read_text()
+    probe = "\nimport sys\nprint({layer['weight_format'] for layer in moecompile.last_graphs()[-1].layers}, file=sys.stderr)\n"
+    script.write_text(script.read_text() + probe)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "{'int8'}" in done.stderr
 
 
 def test_repro_scripts(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def specs_of(options: argparse.Namespace) -> list[TritonSpec]:
 
 def _model_specs(options: argparse.Namespace) -> list[TritonSpec]:
     """A spec for each kind of block of a model."""
-    from ..stock import _activation_or_warn, _weights, stock_experts
+    from ..stock import _activation_or_warn, stock_experts, weights_of
 
     model, _ = load_any(options)
     specs = []
@@ -123,7 +123,7 @@ def _model_specs(options: argparse.Namespace) -> list[TritonSpec]:
             )
         )  # fmt: skip
     for module in stock_experts(model).values():
-        up, down, up_bias, down_bias = _weights(module)
+        up, down, up_bias, down_bias = weights_of(module)
         specs.append(
             TritonSpec(
                 up.shape[2], down.shape[2], up.shape[0], _chosen(model, module), bool(module.has_gate),
