@@ -147,7 +147,7 @@ class Backend:
             if self.options.fullgraph:
                 raise CompileError(f"Inductor could not compile graph {record.number}: {_one_line(error)}") from error
             record.fallback = _one_line(error)
-            warn_once(f"graph {record.number} runs in eager mode: Inductor could not compile it: {record.fallback}")
+            warn_once(f"graphs run in eager mode: Inductor could not compile them: {record.fallback}")
             return record.graph_module.forward
         for code in record.output_code:
             logs.log("output_code", code)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -616,6 +619,29 @@ def test_without_a_compiler_the_numbers_are_the_same(monkeypatch: pytest.MonkeyP
     assert "no working C++ compiler" in notes[0]
     with pytest.raises(CompileError, match=r"model.layers.0.mlp: node .*no working C\+\+ compiler"):
         logits(moecompile.compile(moe, fullgraph=True))
+
+
+def test_on_a_machine_without_a_compiler(tmp_path: Path) -> None:
+    """Neither our kernels nor Inductor's: correct eager code, and one warning for each."""
+    script = """
+import torch, warnings
+from compiling import calibrated, tokens
+import moecompile
+moe = calibrated()
+fast, prompt, options = moecompile.compile(moe), tokens(2, 7), {"max_new_tokens": 6, "do_sample": False}
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    assert torch.equal(moe.generate(prompt, **options), fast.generate(prompt, **options))
+told = [str(w.message) for w in told if issubclass(w.category, moecompile.FallbackWarning)]
+assert len(told) == 2 and "plain torch operators" in told[0] and "graphs run in eager mode" in told[1], told
+assert len(moecompile.last_graphs(fast)) == 2
+"""
+    environment = os.environ | {
+        "CXX": "/nowhere/c++", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(Path(__file__).parent),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "XDG_CACHE_HOME": str(tmp_path),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_caches_on_disk_know_the_code_of_the_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
