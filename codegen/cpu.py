@@ -412,7 +412,7 @@ def spec_of(
     assert up is not None and down is not None
     linear = named["router_weight"] is not None
     spec = BlockKernelSpec(
-        hidden_size=x.shape[1],
+        hidden_size=up.shape[-1],  # that of x may be symbolic
         expert_width=down.shape[-1],
         shared_width=0 if shared_up is None else shared_up.shape[0],
         experts=up.shape[0],

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import attention, linears, logs, lowered, ops
-from .checking import verified
+from .checking import check_blocks, check_experts, verified
 from .codegen import cpu
+from .dispatching import present_trace
 from .errors import CompileError, InputError
 from .lowered import warn_once
 from .passes import lower_cpu
@@ -32,6 +33,7 @@ from .passes.match_experts import moe_nodes, operands_of
 from .passes.nodes import site_of
 from .passes.pipeline import closing_passes, inference_passes, training_passes
 from .records import GraphRecord, graph_text, new_record, observe
+from .scope import modules_in
 from .version import __version__
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -212,7 +214,14 @@ def backend(
     """
     own = dict(options or {})
     chosen = {key: own.pop(key) for key in ("weights", "verify") if key in own}
-    return Backend(CompileOptions(mode=mode or "default", options=tuple(own.items()), **chosen))(graph_module, example_inputs)
+    trace = present_trace()
+    fullgraph = bool(getattr(trace, "one_graph", False))
+    made = CompileOptions(mode=mode or "default", options=tuple(own.items()), fullgraph=fullgraph, **chosen)
+    if made.verify:
+        for module in modules_in(getattr(trace, "f_locals", {}).values()):
+            check_blocks(module)
+            check_experts(module)
+    return Backend(made)(graph_module, example_inputs)
 
 
 backend.lowers_experts = True  # type: ignore[attr-defined]

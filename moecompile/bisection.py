@@ -16,7 +16,8 @@ from . import logs
 from .backend import CompileOptions, through_inductor
 from .capture import normalise_inputs
 from .checking import largest_difference
-from .compiled import CompiledModule
+from .compiled import Compilation
+from .errors import InputError
 from .parity import tolerance_for
 from .passes.base import Pass, clone
 from .passes.pipeline import closing_passes, inference_passes
@@ -74,10 +75,13 @@ def bisect(
 
     Raises:
         CaptureError: the inputs cannot be guessed.
+        InputError: it is a function.
     """
     options = CompileOptions()
-    while isinstance(model, CompiledModule):
-        options, model = model._moecompile.options, model._moecompile.target
+    while isinstance(found := getattr(model, "_moecompile", None), Compilation):
+        options, model = found.options, found.target
+    if not isinstance(model, nn.Module):
+        raise InputError(f"bisect takes a module, not {type(model).__name__}; give the module that the function calls")
     options = replace(options, inductor=True, weights=options.weights if weights is None else weights)
     args, kwargs = normalise_inputs(model, inputs)
     steps: list[Step] = []
@@ -102,37 +106,44 @@ class _Bisecting:
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
         number, first = self.graphs, True
+        stages = self._stages(graph_module)
+        # Here, as in a compilation: Inductor takes subgraphs from a graph that is being traced alone.
+        compiled = through_inductor(clone(stages[-1][1]), list(example_inputs), self.options, [])
 
         def run(*inputs: Any) -> Any:
             nonlocal first
             if first:
                 first = False
-                self._compare(number, graph_module, inputs)
+                self._compare(number, graph_module, [*stages, ("inductor", compiled)], inputs)
             return graph_module(*inputs)
 
         return run
 
-    def _compare(self, number: int, graph_module: GraphModule, inputs: Sequence[Any]) -> None:
+    def _stages(self, graph_module: GraphModule) -> list[tuple[str, Any]]:
+        """(pass, the graph behind it, or None where it failed), the traced graph first and a graph last."""
+        found: list[tuple[str, Any]] = [("", graph_module)]
+        stage = graph_module
+        for step in (*self.passes, *self.closing):
+            if step.name in logs.disabled():
+                continue
+            try:
+                stage = step(stage).graph_module
+                found.append((step.name, stage))
+            except Exception as error:  # compiling leaves it out
+                logs.log("passes", f"{step.name} failed: {error}")
+                found.append((step.name, None))
+        return found if found[-1][1] is not None else [*found, ("", stage)]
+
+    def _compare(
+        self, number: int, graph_module: GraphModule, stages: Sequence[tuple[str, Any]], inputs: Sequence[Any]
+    ) -> None:
         reference = _floats(graph_module(*_copies(inputs)))
         allowed = tolerance_for(reference)
-
-        def through(passes: Sequence[Pass], stage: GraphModule) -> GraphModule:
-            for step in passes:
-                if step.name in logs.disabled():
-                    continue
-                try:
-                    stage = step(stage).graph_module
-                except Exception as error:  # compiling leaves it out
-                    logs.log("passes", f"{step.name} failed: {error}")
-                    self.steps.append(Step(number, step.name, math.inf, allowed))
-                    continue
-                self._note(number, step.name, reference, stage(*_copies(inputs)), allowed)
-            return stage
-
-        lowered = through(self.passes, graph_module)
-        through(self.closing, lowered)  # Inductor takes its subgraphs from a traced graph alone
-        compiled = through_inductor(clone(lowered), list(inputs), self.options, [])
-        self._note(number, "inductor", reference, compiled(*_copies(inputs)), allowed)
+        for name, stage in stages:
+            if stage is None:
+                self.steps.append(Step(number, name, math.inf, allowed))
+            elif name:
+                self._note(number, name, reference, stage(*_copies(inputs)), allowed)
 
     def _note(self, number: int, name: str, reference: list[Tensor], outputs: Any, allowed: float) -> None:
         self.steps.append(Step(number, name, largest_difference(_floats(outputs), reference), allowed))

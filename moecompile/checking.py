@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,14 @@ from .attention import attend, attend_reference
 from .block import MoEFFN
 from .errors import ParityError
 from .linears import linears, linears_reference
-from .lowered import OPERANDS, moe_ffn, route_reference, warn_once
+from .lowered import OPERANDS, moe_ffn, route, route_reference, warn_once
 from .parity import tolerance_for
 from .passes.match_experts import EXPERT_FFN
-from .passes.nodes import site_of
+from .passes.nodes import meaning, site_of, written
 from .records import GraphRecord
 from .stock import experts_forward, stock_experts, width_of
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Two experts whose scores differ by less than this share of the largest score are a tie: which of them is taken depends on the
 # order of a sum (float32 scores of a real model differ by up to 1e-6 relative between two orders).
@@ -40,10 +44,10 @@ def verified(compiled: Callable[..., Any], record: GraphRecord, weights: str) ->
         nonlocal pending
         if not pending:
             return compiled(*args)
-        kept = [_copy(argument) for argument in args]
+        kept = _copies(args, _overwritten(record))  # a second run needs what the first one writes to
         outputs = compiled(*args)
         if record.training:
-            _check_forward(record, outputs, kept)
+            _check_training(compiled, record, kept)
         else:
             rounded = weights != "same"
             lowered, tied = _check_layers(record, kept, near=rounded)
@@ -55,28 +59,111 @@ def verified(compiled: Callable[..., Any], record: GraphRecord, weights: str) ->
     return run
 
 
-def _copy(value: Any) -> Any:
-    """Inputs for a second run: a KV cache is written in place."""
-    return value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+def _copies(args: Sequence[Any], changed: Collection[int]) -> list[Any]:
+    """Inputs for another run: a KV cache is written in place. Parameters are not copied but at the positions ``changed``."""
+    return [
+        each.detach().clone().requires_grad_(each.requires_grad)
+        if isinstance(each, Tensor) and (index in changed or not isinstance(each, nn.Parameter))
+        else each
+        for index, each in enumerate(args)
+    ]
 
 
-def _check_forward(record: GraphRecord, ours: Any, args: Sequence[Any]) -> None:
-    """The outputs of a graph that is differentiated beside those of the traced graph; not where it draws random numbers, which
-    Inductor draws otherwise."""
+def _overwritten(record: GraphRecord) -> frozenset[int]:
+    """The positions of the inputs that the traced graph writes to."""
+    changed = written(record.original.graph)
+    inputs = [node for node in record.original.graph.nodes if node.op == "placeholder"]
+    return frozenset(index for index, node in enumerate(inputs) if node in changed)
+
+
+def _check_training(compiled: Callable[..., Any], record: GraphRecord, args: Sequence[Any]) -> None:
+    """A graph that is differentiated beside the traced one: outputs, and gradients of everything that has one, for one
+    cotangent. Not where it draws random numbers, which Inductor draws otherwise."""
+    changed = _overwritten(record)
     devices = sorted({arg.device.index for arg in args if isinstance(arg, Tensor) and arg.is_cuda})
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices):
         before = _random_state(devices)
-        theirs = record.original(*map(_copy, args))
+        theirs = _with_gradients(record.original, args, changed)
         drawn = any(not torch.equal(a, b) for a, b in zip(before, _random_state(devices), strict=True))
     if drawn:
         record.notes += ("verify: not compared with eager code: random numbers are drawn (dropout, for one)",)
         return
-    mine, reference = _floats(ours), _floats(theirs)
-    allowed, worst = tolerance_for(reference), largest_difference(mine, reference)
-    if worst > allowed:
+    ours = _with_gradients(compiled, args, changed)
+    allowed, worst = tolerance_for(theirs[0]), largest_difference(ours[0], theirs[0])
+    if worst > allowed and not _near_ties(record.original, args, changed):
         raise ParityError(
             f"graph {record.number} (training): outputs differ from eager code by {worst:.1e}; {allowed:.1e} is allowed"
         )
+    if worst > allowed:
+        _unsaid(record, worst, allowed)
+        return
+    names = [str(node.target) for node in record.original.graph.nodes if node.op == "placeholder"]
+    largest = max((float(each.abs().max()) for each in theirs[1].values() if each.numel()), default=0.0)
+    for index, gradient in theirs[1].items():
+        if not gradient.numel():
+            continue
+        share = 1e-3 if torch.finfo(gradient.dtype).eps <= torch.finfo(torch.float32).eps else 0.1
+        allowed = share * max(float(gradient.abs().max()), 1e-3 * largest)
+        worst = largest_difference([ours[1][index]], [gradient]) if index in ours[1] else float("inf")
+        if worst > allowed and not _near_ties(record.original, args, changed):
+            raise ParityError(
+                f"graph {record.number} (training): the gradient of {_parameter(names[index])} differs from eager code's by "
+                f"{worst:.1e}; {allowed:.1e} is allowed"
+            )
+
+
+def _with_gradients(
+    call: Callable[..., Any], args: Sequence[Any], changed: Collection[int]
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Outputs, and gradients by the position of what they are of; nothing is accumulated in parameters."""
+    inputs = _copies(args, changed)
+    outputs = [leaf for leaf in pytree.tree_leaves(call(*inputs)) if _is_tensor(leaf) and leaf.is_floating_point()]
+    ends = [leaf for leaf in outputs if leaf.requires_grad]
+    wanted = [index for index, each in enumerate(inputs) if _is_tensor(each) and each.requires_grad]
+    if not ends or not wanted:
+        return [leaf.detach() for leaf in outputs], {}
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in ends]
+    found = torch.autograd.grad(ends, [inputs[index] for index in wanted], given, allow_unused=True)
+    pairs = zip(wanted, found, strict=True)
+    return [leaf.detach() for leaf in outputs], {index: each for index, each in pairs if each is not None}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _parameter(placeholder: str) -> str:
+    """``l_self_modules_layers_modules_0_parameters_weight_`` -> ``layers.0.weight``."""
+    path = re.sub(r"_+(?:modules|parameters|buffers)_+", ".", placeholder).strip("_")
+    return path.partition(".")[2] or path
+
+
+class _NearTies(Interpreter):
+    """Runs a graph; ``found`` says whether a choice of the largest was close as rounding."""
+
+    found = False
+
+    def run_node(self, n: Node) -> Any:
+        routed = n.op == "call_function" and n.target is route
+        if routed or meaning(n) == "topk":
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if routed:
+                x, weight, bias, k = args[:4]
+                scores = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            else:
+                scores, k = args[0].detach().double(), args[1] if len(args) > 1 else kwargs["k"]
+            if k < scores.shape[-1]:
+                best = scores.topk(k + 1, dim=-1).values
+                self.found |= bool((best[..., -2] - best[..., -1] <= _TIE * scores.abs().amax(-1)).any())
+        return super().run_node(n)
+
+
+def _near_ties(graph_module: GraphModule, args: Sequence[Any], changed: Collection[int]) -> bool:
+    run = _NearTies(graph_module)
+    with torch.no_grad():
+        run.run(*_copies(args, changed))
+    return run.found
 
 
 def _random_state(devices: Sequence[int]) -> list[Tensor]:
@@ -100,7 +187,7 @@ def _check_outputs(record: GraphRecord, ours: Any, args: Sequence[Any], tied: Se
     rounded = theirs is not None
     if not rounded:
         with torch.no_grad():
-            theirs = record.original(*map(_copy, args))
+            theirs = record.original(*_copies(args, _overwritten(record)))
     mine, reference = _floats(ours), _floats(theirs)
     allowed = tolerance_for(reference)
     worst = largest_difference(mine, reference)
@@ -110,7 +197,7 @@ def _check_outputs(record: GraphRecord, ours: Any, args: Sequence[Any], tied: Se
     if not rounded:
         first, turned = _turned_choices(record, args)
         record.ties += first
-    elif any(layer["router"] == "outside" for layer in record.layers):  # its ties are not seen
+    elif not tied and _near_ties(record.graph_module, args, _overwritten(record)):  # of routers outside of the layers
         _unsaid(record, worst, allowed)
         return
     close = [*tied, turned] if first else list(tied)  # [T] each
@@ -185,8 +272,9 @@ def _turned_choices(record: GraphRecord, args: Sequence[Any]) -> tuple[int, Tens
         happened: some layer read other tokens before any choice had turned, or the two graphs have other layers.
     """
     lowered, traced = _Choices(record.graph_module), _Choices(record.original)
-    lowered.run(*map(_copy, args))
-    traced.run(*map(_copy, args))
+    changed = _overwritten(record)
+    lowered.run(*_copies(args, changed))
+    traced.run(*_copies(args, changed))
     first, turned, none = 0, torch.zeros(0, dtype=torch.bool), (0, torch.zeros(0, dtype=torch.bool))
     if [(site, x.shape) for site, x, _ in lowered.found] != [(site, x.shape) for site, x, _ in traced.found]:
         return none
@@ -273,7 +361,7 @@ def _check_layers(record: GraphRecord, args: Sequence[Any], near: bool = False) 
     """
     checked = _Checked(record, near)
     with torch.no_grad():
-        outputs = checked.run(*map(_copy, args))
+        outputs = checked.run(*_copies(args, _overwritten(record)))
     return outputs, list(checked.tied.values())
 
 
@@ -293,10 +381,12 @@ def check_blocks(model: nn.Module) -> int:
         if block.exact is not None or block.spec.overlap:  # (overlapping experts count neurons several times)
             continue
         checked += 1
+        block = _precise(block)
         like = block.experts.down_proj
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(4, block.spec.hidden_size, generator=generator).to(device=like.device, dtype=like.dtype)
-        dense, routed = block.dense_order(x), _all_routed(block, x)
+        with torch.autocast(like.device.type, enabled=False):
+            dense, routed = block.dense_order(x), _all_routed(block, x)
         scale = float(dense.abs().max()) or 1.0
         worst = float((dense - routed).abs().max()) / scale
         allowed = 256 * torch.finfo(like.dtype).eps
@@ -319,18 +409,26 @@ def check_experts(model: nn.Module) -> int:
     """
     served = stock_experts(model)
     for name, experts in served.items():
+        experts = _precise(experts)
         down: Any = experts.down_proj
         generator = torch.Generator().manual_seed(0)
         count, hidden, _ = width_of(experts)
         x = torch.randn(4, hidden, generator=generator).to(device=down.device, dtype=down.dtype)
         weights = torch.rand(4, count, generator=generator).to(device=down.device, dtype=down.dtype)
         everyone = torch.arange(count, device=down.device).expand(4, -1)
-        ours = experts_forward(experts, x, everyone, weights)
-        theirs = inspect.unwrap(type(experts).forward)(experts, x, everyone, weights)
+        with torch.autocast(down.device.type, enabled=False):
+            ours = experts_forward(experts, x, everyone, weights)
+            theirs = inspect.unwrap(type(experts).forward)(experts, x, everyone, weights)
         worst = largest_difference([ours], [theirs]) / (float(theirs.abs().max()) or 1.0)
         if not worst <= 256 * torch.finfo(down.dtype).eps:
             raise ParityError(f"{name}: all experts on, the operator differs from their own forward by {worst:.1e} (relative)")
     return len(served)
+
+
+def _precise(module: Module) -> Module:
+    """The module in float32 at least, where a difference is no rounding: a copy, of one layer at a time."""
+    narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+    return copy.deepcopy(module).float() if narrow else module
 
 
 def _all_routed(block: MoEFFN, x: Tensor) -> Tensor:

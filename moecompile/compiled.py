@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import gc
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from . import logs, stock
@@ -34,7 +36,7 @@ from .plans import MoEPlan
 from .recipes import Recipe
 from .records import GraphRecord
 from .scope import Scope, modules_in, modules_named
-from .stock import ExpertsSwitch, refused_experts
+from .stock import ExpertsSwitch, refused_experts, stock_experts
 from .tracing import calling
 
 T = TypeVar("T")
@@ -65,7 +67,9 @@ class Compilation:
         """Run the target, compiled."""
         if torch.compiler.is_compiling() or "all" in logs.disabled():
             return self.target(*args, **kwargs)
-        scopes = [self._scopes.get(module) or self._scope(module) for module in self._modules(args, kwargs)]
+        scopes = []
+        for module in self._modules(args, kwargs):
+            scopes.append(self._scopes.get(module) or self._scope(module))
         if not torch.is_grad_enabled():
             for scope in scopes:
                 if scope.prepared != (device := scope.device):
@@ -75,11 +79,13 @@ class Compilation:
         if variant is None:
             _load_ahead(scopes)
             variant = self._variants[key] = self._compile()
+        handled = sys.exc_info()[1]  # by the caller, who may be within an except clause
         try:
             with self._switch, _breaks_told(self), calling(args, kwargs):
                 return _settled(variant(*args, **kwargs))
         except Exception as error:  # TorchDynamo wraps what its backend raises
-            inner = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+            below = None if error.__context__ is handled else error.__context__
+            inner = getattr(error, "inner_exception", None) or error.__cause__ or below
             if isinstance(inner, MoECompileError):
                 raise inner from None
             raise
@@ -118,7 +124,7 @@ class Compilation:
             where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
             if self.options.fullgraph:
                 raise CompileError(f"{where}: the experts cannot be lowered: {reason}")
-            warn_once(f"{where}: the experts run their own forward: {reason}", depth=7)  # the caller's line
+            warn_once(f"{where}: the experts run their own forward: {reason}", depth=6)  # the caller's line
             stock.told.update((type(module.get_submodule(path)), reason) for path in paths)
 
     def _compile(self) -> Callable[..., Any]:
@@ -142,20 +148,21 @@ def _prepare(scope: Scope) -> None:
     was when they were made, and a fused step goes through the memory of both side by side.
     """
     trained = _trained()
-    for parameter in scope.down_projections():
+    for parameter, turned in scope.layouts():
+        if id(parameter) in trained or is_traceable_wrapper_subclass(parameter):  # a shard's layout is not ours to change
+            continue
         # What is stored must be of the parameter's own kind: a normal tensor in inference mode could not be trained any
         # more if it were made one of inference, and one of inference cannot hold a normal one.
         with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-            if parameter.device.type == "cpu":
-                if id(parameter) not in trained:
-                    packing.relayout_(parameter)
-            elif not parameter.is_contiguous():  # was compiled on the CPU before; GPU kernels read rows
+            if turned:
+                packing.relayout_(parameter)
+            elif not parameter.is_contiguous():  # was compiled on another device before
                 parameter.data = parameter.data.contiguous()
 
 
 def _load_ahead(scopes: Sequence[Scope]) -> None:
     """The library of CPU operators is found, or built, while TorchDynamo traces; the passes wait for it."""
-    if any(parameter.device.type == "cpu" for scope in scopes for parameter in scope.down_projections()):
+    if any(parameter.is_cpu for scope in scopes for parameter, _ in scope.layouts()):
         threading.Thread(target=_load_operators, name="moecompile-operators", daemon=True).start()
 
 
@@ -350,7 +357,8 @@ def compile(
             other linear layers (projections, head); for a model on a GPU also ``int4``, and ``fp8`` from compute capability 8.9
             on. Rounded to nearest; activations and the stored weights stay as they are.
         verify: at first calls check that all experts together are the whole block, then compare each compiled graph with
-            eager code, layer by layer. (A rewrite by ``plan`` is compared with the dense model in any case.)
+            eager code, in inference layer by layer, in training with its gradients. (A rewrite by ``plan`` is compared with
+            the dense model in any case.)
         options: Inductor's own options.
         disable: return the model as it is.
         example_inputs: to capture a dense model with; guessed for transformers models.
@@ -380,6 +388,12 @@ def compile(
     )
     if disable:
         return model
+    if isinstance(model, (classmethod, staticmethod)):  # the decorator stands above theirs
+        inner = compile(
+            model.__func__, plan=plan, calibration=calibration, mode=mode, fullgraph=fullgraph, dynamic=dynamic,
+            weights=weights, verify=verify, options=options,
+        )  # fmt: skip
+        return type(model)(inner)
     if isinstance(model, type) and issubclass(model, nn.Module):
         _refuse_plan(plan, "a class")
         return _compiled_class(model, chosen, dynamic)
@@ -387,6 +401,8 @@ def compile(
         while isinstance(model, CompiledModule):  # compiled already: once more, from the module itself
             model = model._moecompile.target
         _check_weights(model, weights)
+        if weights != "same" and plan is None and not moe_blocks(model) and not stock_experts(model):
+            warn_once(f"weights='{weights}' changes nothing: {type(model).__name__} has no experts")
         if plan is not None:
             model = rewritten(model, plan, calibration, example_inputs)
         if dynamic is None and isinstance(model, PreTrainedModel) and model.can_generate():

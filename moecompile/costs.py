@@ -153,9 +153,11 @@ def decode_bytes(model: nn.Module, weights: str = "same") -> int:
             sizes.pop(id(module.weight), None)
     for parameter, by_column in _rounded(model, linears, weights):
         sizes[id(parameter)] = _stored_bytes(parameter, weights, by_column)
+    shares: dict[int, float] = {}
     for experts, share in _active(model):
-        for parameter in experts.parameters():
-            sizes[id(parameter)] *= share
+        shares.update((id(p), max(share, shares.get(id(p), 0.0))) for p in experts.parameters())
+    for each, share in shares.items():
+        sizes[each] *= share
     for block in (m for m in model.modules() if isinstance(m, MoEFFN)):
         for parameter in block.exact.parameters() if block.exact is not None else ():
             sizes.pop(id(parameter), None)
@@ -191,7 +193,7 @@ def _rounded(model: nn.Module, linears: Sequence[nn.Linear], weights: str) -> It
         turned = bool(experts.is_transposed)
         yield (experts.gate_up_proj if experts.has_gate else experts.up_proj), turned  # type: ignore[misc]
         yield experts.down_proj, on_cpu != turned  # type: ignore[misc]
-    if weights == "int8-all":
+    if weights == "int8-all" and on_cpu and any(True for _ in _active(model)):  # graphs without experts stay as they are
         yield from ((module.weight, False) for module in linears if id(module) not in shared)
 
 
@@ -211,7 +213,7 @@ def stock_costs(model: nn.Module) -> dict[str, int]:
     for experts in stock.all_experts(model).values():
         count, hidden, width = stock.width_of(experts)
         gated = bool(experts.has_gate)
-        spec = ExpertKernelSpec(hidden, width, count, stock.chosen(model, experts) or count, gated, "")
+        spec = ExpertKernelSpec(hidden, width, count, min(count, stock.chosen(model, experts) or count), gated, "")
         parameters += count * spec.matrices * hidden * width
         flops += spec.flops(1) + _ROUTER_FLOPS * count * hidden
     return {"ffn_parameters": parameters, "flops_per_token": flops}

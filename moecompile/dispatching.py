@@ -1,8 +1,8 @@
 """transformers' own experts implementations, lowered where TorchDynamo traces for this project's backend.
 
 ``moecompile.compile(model)`` sets the implementation of a model's experts for each call. A function that has a model somewhere,
-and ``torch.compile(model, backend="moecompile")``, set nothing: so what the registry gives under the usual names asks, while it
-is traced, for whom. Outside of such a trace it is transformers' function, as it was.
+and ``torch.compile(model, backend="moecompile")``, set nothing: so the registry that transformers' experts ask for their
+implementation answers differently while such a trace runs. Otherwise it answers as it did.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import stock
+from . import logs, stock
 from .errors import CompileError
 from .lowered import warn_once
 
+_USUAL = ("eager", "batched_mm", "grouped_mm")  # any other name was chosen for what it is
+
 
 def offer_experts() -> None:
-    """Put the asking functions into transformers' registry; nothing where it has none, or another entry of that name."""
+    """Let transformers' registry of experts implementations ask; nothing where it has none."""
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as REGISTRY
-        from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
     except ImportError:  # register_experts has said why
         return
-    for name, usual in (
-        ("eager", _own_forward),
-        ("batched_mm", batched_mm_experts_forward),
-        ("grouped_mm", grouped_mm_experts_forward),
-    ):
-        if REGISTRY.get(name, usual) is usual:
-            REGISTRY[name] = _asking(usual)  # of this registry alone: the class keeps its own
+    answer = REGISTRY.get_interface
+    if not hasattr(answer, "__func__"):  # done already
+        return
 
+    def get_interface(experts_implementation: str, default: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        found = answer(experts_implementation, default)
+        if torch.compiler.is_compiling() and experts_implementation in _USUAL and _is_ours():
+            return _asking(found)
+        return found
 
-def _own_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    return type(self).forward.__wrapped__(self, *args, **kwargs)  # type: ignore[attr-defined]
+    REGISTRY.get_interface = get_interface  # type: ignore[method-assign]
 
 
 def _asking(usual: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def experts(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling() and _lowered_here(self):
+        if _lowered_here(self):
             return stock.experts_forward(self, *args, **kwargs)
         return usual(self, *args, **kwargs)
 
@@ -48,22 +49,29 @@ def _asking(usual: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @torch.compiler.assume_constant_result
+def _is_ours() -> bool:
+    """Whether the present trace is for this project's backend; a constant to tracing, and no guard on anything."""
+    trace = present_trace()
+    compiler = None if trace is None else trace.output.compiler_fn
+    while compiler is not None:  # TorchDynamo wraps it, perhaps several times
+        if getattr(compiler, "lowers_experts", False):
+            return "all" not in logs.disabled()
+        compiler = getattr(compiler, "_torchdynamo_orig_backend", None) or getattr(compiler, "compiler_fn", None)
+    return False
+
+
+@torch.compiler.assume_constant_result
 def _lowered_here(module: nn.Module) -> bool:
-    """Whether the present trace is for this project's backend, and it can lower this module; a constant to tracing.
+    """Whether these experts can be lowered; a constant to tracing, which guards on the module.
 
     Raises:
-        CompileError: it cannot, and the trace may not fall back (``fullgraph``).
+        CompileError: they cannot, and the trace may not fall back (``fullgraph``).
     """
-    from torch._dynamo import symbolic_convert
-
-    trace = getattr(symbolic_convert.tls, "current_tx", None)
-    if trace is None or not _is_ours(trace.output.compiler_fn):
-        return False
     reason = stock.refusal(module)
     if reason is None:
         return True
     kind = type(module)
-    if getattr(trace, "one_graph", False):
+    if getattr(present_trace(), "one_graph", False):
         raise CompileError(f"{kind.__name__}: the experts cannot be lowered: {reason}")
     if (kind, reason) not in stock.told:
         stock.told.add((kind, reason))
@@ -71,10 +79,8 @@ def _lowered_here(module: nn.Module) -> bool:
     return False
 
 
-def _is_ours(compiler: Any) -> bool:
-    """Whether a compiler that TorchDynamo wrapped, perhaps several times, lowers experts."""
-    while compiler is not None:
-        if getattr(compiler, "lowers_experts", False):
-            return True
-        compiler = getattr(compiler, "_torchdynamo_orig_backend", None) or getattr(compiler, "compiler_fn", None)
-    return False
+def present_trace() -> Any:
+    """TorchDynamo's translator of the frame that this thread traces, or None."""
+    from torch._dynamo import symbolic_convert
+
+    return getattr(getattr(symbolic_convert, "tls", None), "current_tx", None)

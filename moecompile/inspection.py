@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.fx import Node
 from .attention import attend
 from .codegen import cpu, operators, triton_backend
 from .compiled import Compilation, compilation_of
-from .errors import CompileError, InputError
+from .errors import CompileError, InputError, PlanError
 from .files import write_bytes
 from .linears import linears
 from .passes import lower_cpu, lower_triton
@@ -38,7 +39,7 @@ def generated_code(compiled: Any = None) -> dict[str, str]:
     """The code that runs, by name: ``kernel_...`` for generated kernels, ``graph_N`` for Inductor's code around them.
 
     Args:
-        compiled: as for :func:`last_graphs`. Kernels are built at their first call; this is what they are built of.
+        compiled: as for :func:`last_graphs`. Kernels are built of it, at their first call or before.
 
     Raises:
         InputError: it was not compiled by :func:`moecompile.compile`.
@@ -67,7 +68,7 @@ def _kernel(node: Node) -> dict[str, str]:
             assert x is not None
             kernel = triton_backend.kernel_of(lower_triton.kernel_of(node), x.device)
             return {f"kernel_{kernel.path.stem}": kernel.source}
-    except (cpu.Unavailable, triton_backend.Unavailable):  # the graph's notes say so
+    except (cpu.Unavailable, triton_backend.Unavailable, PlanError, ValueError):  # the graph's notes say so
         pass
     return {}
 
@@ -118,7 +119,12 @@ def compiled_as_it_was(graph_module, example_inputs):
     return Backend({record.options!r})(graph_module, example_inputs)
 
 """
-    write_bytes(Path(path), (head + text.lstrip()).encode())
+    script = head + text.lstrip()
+    try:
+        ast.parse(script)
+    except SyntaxError as error:  # functions among Inductor's options, say
+        raise CompileError(f"graph {record.number} cannot be written as a script: {error.text or error}") from error
+    write_bytes(Path(path), script.encode())
     return Path(path)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import functools
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from .block import MoEFFN
 from .stock import stock_experts
 
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_MOST = 256  # entries of a list or dict: it is looked through at each call
 
 
 class Scope:
@@ -26,16 +29,9 @@ class Scope:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
         self._blocks = [weakref.ref(block) for block in moe_blocks(module).values()]
         self._experts = [weakref.ref(experts) for experts in stock_experts(module).values()]
-        self.checked = False
         self.prepared: torch.device | None = None
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The module, while there is one."""
-        return self._module()
 
     @property
     def blocks(self) -> list[MoEFFN]:
@@ -61,44 +57,61 @@ class Scope:
             return experts.down_proj.device  # type: ignore[return-value]
         return None
 
-    def down_projections(self) -> Iterator[nn.Parameter]:
-        """The projections that CPU kernels read by neuron."""
+    def layouts(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """The projections whose layout kernels care about, and whether it is (..., B, A) for a parameter (..., A, B). CPU
+        kernels read all matrices by neuron, GPU kernels as rows; transformers stores some experts turned."""
         for block in self.blocks:
-            yield block.experts.down_proj
+            yield block.experts.down_proj, block.experts.down_proj.is_cpu
             if block.shared is not None:
-                yield block.shared.down_proj.weight  # type: ignore[misc]
+                down: Any = block.shared.down_proj.weight
+                yield down, down.is_cpu
         for experts in self.experts:
-            yield experts.down_proj  # type: ignore[misc]
+            up: Any = experts.gate_up_proj if experts.has_gate else experts.up_proj
+            down, turned = experts.down_proj, bool(experts.is_transposed)
+            yield up, turned
+            yield down, turned != down.is_cpu
 
 
 def modules_named(function: Any) -> list[nn.Module]:
     """The modules that a function names: in its closure, its globals and defaults, and what it is bound to, with the modules
-    that this holds."""
-    if isinstance(function, functools.partial):
-        inner = modules_named(function.func)
-        return _distinct([*inner, *modules_in([*function.args, *function.keywords.values()])])
-    plain = getattr(function, "__func__", function)
-    code = getattr(plain, "__code__", None)
-    if code is None:  # an object that can be called
-        return list(modules_in([function]))
-    cells = dict(zip(code.co_freevars, plain.__closure__ or (), strict=True))
-    values = [getattr(function, "__self__", None), *(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()]
-    values += [plain.__globals__[name] for name in _names(code) if name in plain.__globals__]
-    for cell in cells.values():
-        try:
-            values.append(cell.cell_contents)
-        except ValueError:  # not assigned yet
+    that these hold. Decorators that keep what they wrap (``torch.no_grad()``) are looked through."""
+    found: list[nn.Module] = []
+    while function is not None:
+        if isinstance(function, functools.partial):
+            found += modules_in([*function.args, *function.keywords.values()])
+            function = function.func
             continue
-    return list(modules_in(values))
+        plain = getattr(function, "__func__", function)
+        if isinstance(plain, types.FunctionType):
+            found += modules_in(_values_of(plain, getattr(function, "__self__", None)))
+        else:  # an object that can be called
+            found += modules_in([function])
+        function = getattr(function, "__wrapped__", None)
+    return _distinct(found)
 
 
-def _names(code: types.CodeType) -> set[str]:
-    inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
+def _values_of(function: types.FunctionType, bound: Any) -> Iterator[Any]:
+    yield bound
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for name in _globals_of(function.__code__):
+        if name in function.__globals__:
+            yield function.__globals__[name]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not assigned yet
+            yield cell.cell_contents
 
 
-def modules_in(values: Iterable[Any]) -> Iterator[nn.Module]:
-    """The modules among values, in lists and dicts among them, and among the attributes of other objects."""
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """The global names that a function reads, and the functions within it. (``co_names`` has attributes as well.)"""
+    names = [each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    inner = [name for each in code.co_consts if isinstance(each, types.CodeType) for name in _globals_of(each)]
+    return tuple(dict.fromkeys([*names, *inner]))
+
+
+def modules_in(values: Iterable[Any]) -> list[nn.Module]:
+    """The modules among values, in short lists and dicts among them, and among the attributes of other objects."""
     found = []
     for value in values:
         if isinstance(value, nn.Module):
@@ -107,9 +120,11 @@ def modules_in(values: Iterable[Any]) -> Iterator[nn.Module]:
         held: Any = value if isinstance(value, (list, tuple, dict)) else None
         if held is None and not isinstance(value, (Tensor, *_CODE)):
             held = getattr(value, "__dict__", None)
-        held = held.values() if isinstance(held, Mapping) else held or ()
-        found += [each for each in held if isinstance(each, nn.Module)]
-    yield from _distinct(found)
+        if not isinstance(held, (list, tuple, dict)) or len(held) > _MOST:
+            continue
+        # Copied: another thread may change it.
+        found += [each for each in list(held.values() if isinstance(held, dict) else held) if isinstance(each, nn.Module)]
+    return _distinct(found)
 
 
 def _distinct(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -59,7 +59,7 @@ def _without(node: Node) -> str | None:
     """Why there is no kernel for a node's operands, or None."""
     try:
         kernel_of(node)
-    except cpu.Unavailable as reason:
+    except (cpu.Unavailable, ValueError) as reason:
         return str(reason)
     return None
 

@@ -51,7 +51,7 @@ class LowerLinear:
         """The graph with linear layers lowered; the reasons for the others are counted in the notes."""
         if not moe_nodes(graph_module):
             return PassResult(graph_module, 0)
-        result, refused = clone(graph_module), Refusals()
+        result, refused, others = clone(graph_module), Refusals(), Refusals()
         changed = written(result.graph)
         groups: dict[Node, list[Layer]] = {}
         for node in result.graph.nodes:
@@ -61,14 +61,14 @@ class LowerLinear:
             if isinstance(found, Layer):
                 groups.setdefault(found.x, []).append(found)
             elif found:
-                refused.add(node, found)
+                (refused if self.weight_format == "same" or _scores(node) else others).add(node, found)
         if groups and (reason := self._unavailable()):
             return PassResult(graph_module, 0, (f"linear layers stay torch's: {reason}",))
         for layers in groups.values():
             for together in _launches(layers):
                 _replace(result, together, self.weight_format, self.name)
         result.recompile()
-        return PassResult(result, sum(map(len, groups.values())), refused.notes())
+        return PassResult(result, sum(map(len, groups.values())), refused.notes(), others.notes())
 
     def _layer(self, node: Node, changed: frozenset[Node]) -> Layer | str:
         """The layer that a node is, or why it is left alone; '' where it is none for this pass."""
@@ -106,6 +106,12 @@ class LowerLinear:
         except operators.Unavailable as error:
             return str(error) if self.weight_format == "same" else None
         return None
+
+
+def _scores(node: Node) -> bool:
+    """Whether a layer's outputs are scores, a router's for one: nobody asks for those to be rounded."""
+    users = [user for each in node.users for user in (each.users if meaning(each) == "cast" else (each,))]
+    return any(meaning(user) in ("softmax", "sigmoid", "topk") for user in users)
 
 
 def _launches(layers: list[Layer]) -> list[list[Layer]]:

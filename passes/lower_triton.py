@@ -69,7 +69,7 @@ def _without(node: Node) -> str | None:
     try:
         if operands_of(node)["top_k"]:
             kernel_of(node)
-    except triton_backend.Unavailable as reason:
+    except (triton_backend.Unavailable, ValueError) as reason:
         return str(reason)
     return None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .. import lowered
 from ..ops import expert_ffn
@@ -27,8 +29,8 @@ class MatchExperts:
             if node.op != "call_function" or node.target not in (EXPERT_FFN, EXPERT_FFN.overloadpacket):
                 continue
             x, ids, weights, up, down, up_bias, down_bias, activation, gated = node.args
-            chosen = tensor_of(ids)
-            if chosen is None or not isinstance(chosen.shape[-1], int):
+            top_k = _known(tensor_of(ids))
+            if top_k is None:
                 refused.add(node, "how many experts are chosen is not known at compile time")
                 continue
             operands = dict.fromkeys(lowered.OPERANDS)
@@ -36,7 +38,7 @@ class MatchExperts:
                 x=x, ids=ids,
                 weights=None if weights not in changed and _unit(weights) else weights,
                 up=up, down=down, up_bias=up_bias,
-                down_bias=down_bias, top_k=int(chosen.shape[-1]), score="none", normalise=False, activation=activation,
+                down_bias=down_bias, top_k=top_k, score="none", normalise=False, activation=activation,
                 gated=gated, weight_format="same", backend="torch",
             )  # fmt: skip
             with result.graph.inserting_before(node):
@@ -49,6 +51,16 @@ class MatchExperts:
             found += 1
         result.recompile()
         return PassResult(result, found, refused=refused.notes())
+
+
+def _known(ids: Tensor | None) -> int | None:
+    """K of (T, K) ids. Where it is symbolic (FSDP's modules: their numbers are) it is fixed, and TorchDynamo guards on it."""
+    if ids is None:
+        return None
+    try:
+        return int(ids.shape[-1])
+    except GuardOnDataDependentSymNode:
+        return None
 
 
 def computed_weights(node: Node) -> str | None:

@@ -31,6 +31,9 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+IDS = tokens(2, 11)
+
+
 def batches() -> list[dict[str, torch.Tensor]]:
     """Calibration inputs."""
     return [{"input_ids": tokens(2, 16, seed)} for seed in range(4)]

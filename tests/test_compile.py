@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import inspect
 import os
 import pickle
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from compiling import batches, calibrated, dense_model, plain, tokens, without_inductor
+from compiling import IDS, batches, calibrated, dense_model, plain, tokens, without_inductor
 from moecompile.codegen import cpu
 from torch import Tensor, nn
 
@@ -24,6 +27,7 @@ from moecompile.compiled import compilation_of
 from moecompile.errors import CompileError, InputError, ParityError, PlanError
 from moecompile.lowered import _told
 from moecompile.recipes import Calibrated, Contiguous
+from moecompile.scope import modules_in, modules_named
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +35,6 @@ def fresh() -> None:
     """Each test compiles anew and is warned anew."""
     torch._dynamo.reset()
     _told.clear()
-
-
-IDS = tokens(2, 11)
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -223,17 +224,160 @@ def test_the_dial_of_functions_and_methods() -> None:
 
     inside = moecompile.compile(lambda ids: moe(input_ids=ids).logits, fullgraph=True)
     given = moecompile.compile(lambda model, ids: model(input_ids=ids).logits, fullgraph=True)
+
+    @moecompile.compile(fullgraph=True)
+    @torch.no_grad()
+    def decorated(ids: Tensor) -> Tensor:
+        return moe(input_ids=ids).logits
+
     holder = Holder()
-    without_inductor(inside), without_inductor(given), without_inductor(Holder.method)
+    without_inductor(inside), without_inductor(given), without_inductor(Holder.method), without_inductor(decorated)
     settings = [(k, phase) for k in (0, 1, 2, 3, 4) for phase in (1, 5)]
     with torch.no_grad():
         for k, later in settings:
             moecompile.set_top_k(moe, k, layers=[0])
             moecompile.set_top_k(moe, later, layers=[1])
-            for found in (inside(IDS), given(moe, IDS), holder.method(IDS)):
+            for found in (inside(IDS), given(moe, IDS), holder.method(IDS), decorated(IDS)):
                 close(found, logits(moe))
-    for compiled in (inside, given, Holder.method):
+    for compiled in (inside, given, Holder.method, decorated):
         assert len(moecompile.last_graphs(compiled)) == len(settings)
+
+
+def test_modules_that_a_function_names() -> None:
+    outer, other = nn.Linear(2, 2), nn.Linear(3, 3)
+    scope = {"outer": outer, "other": other, "torch": torch}
+    exec("@torch.no_grad()\ndef f(x, many=[1]):\n    return (lambda y: outer(y.other))(x)", scope)
+    assert modules_named(scope["f"]) == [outer]
+    assert modules_named(functools.partial(lambda a, b: a(b), other)) == [other]
+    assert modules_in([[outer], {"a": other}, SimpleNamespace(model=outer), range(3), "text", 1.0]) == [outer, other]
+    assert modules_in([dict.fromkeys(range(300), outer)]) == []
+
+
+def test_class_and_static_methods() -> None:
+    """The decorator above theirs and below."""
+    moe = plain()
+
+    class Holder:
+        model = moe
+
+        @moecompile.compile(fullgraph=True)
+        @classmethod
+        def above(cls, ids: Tensor) -> Tensor:
+            return cls.model(input_ids=ids).logits
+
+        @classmethod
+        @moecompile.compile(fullgraph=True)
+        def below(cls, ids: Tensor) -> Tensor:
+            return cls.model(input_ids=ids).logits
+
+        @moecompile.compile
+        @staticmethod
+        def static(ids: Tensor) -> Tensor:
+            return moe(input_ids=ids).logits
+
+    for name in ("above", "below", "static"):
+        without_inductor(inspect.unwrap(getattr(Holder, name), stop=lambda f: hasattr(f, "_moecompile")))
+        with torch.no_grad():
+            close(getattr(Holder(), name)(IDS), logits(moe))
+            close(getattr(Holder, name)(IDS), logits(moe))
+
+
+def test_the_error_that_a_caller_handles_is_not_raised_again() -> None:
+    def wrong(x: Tensor) -> Tensor:
+        return x.reshape(7)
+
+    fast = without_inductor(moecompile.compile(wrong))
+    try:
+        raise CompileError("another one")
+    except CompileError:
+        with pytest.raises(Exception, match="7") as raised:
+            fast(torch.ones(3))
+    assert not isinstance(raised.value, CompileError)
+
+
+def test_a_width_that_is_symbolic() -> None:
+    block, x = plain().model.layers[0].mlp, torch.randn(5, 32)
+    fast = without_inductor(moecompile.compile(lambda x: block(x), dynamic=True, fullgraph=True))
+    with torch.no_grad():
+        close(fast(x), block(x))
+
+
+def test_what_is_behind_torch_compile_is_refused_and_verified_too() -> None:
+    with pytest.raises(Exception, match="no CPU kernel for float64"):
+        logits(torch.compile(plain().double(), backend="moecompile", fullgraph=True))
+    torch._dynamo.reset()
+    spoilt = plain()
+    spoilt.model.layers[1].mlp.place[0] = spoilt.model.layers[1].mlp.place[1]
+    with pytest.raises(Exception, match="all experts on, the block differs"):
+        logits(torch.compile(spoilt, backend="moecompile", options={"verify": True}))
+
+
+def test_weights_that_nothing_rounds() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = plain().model.layers[0].mlp, nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.block(x), self.head.weight * 2)
+
+    with pytest.raises(CompileError, match="its weight is computed in the graph"), torch.no_grad():
+        moecompile.compile(Computed(), weights="int8-all", fullgraph=True)(torch.randn(5, 32))
+    with pytest.warns(moecompile.FallbackWarning, match="changes nothing: Linear has no experts"):
+        moecompile.compile(nn.Linear(2, 2), weights="int8")
+
+
+@pytest.mark.parametrize("kind", ["static", "padded", "beams"])
+def test_other_generation_through_inductor(kind: str) -> None:
+    moe = calibrated()
+    fast = moecompile.compile(moe, fullgraph=True)
+    prompt, options = tokens(2, 7), {"max_new_tokens": 6, "do_sample": False}
+    mask = torch.ones_like(prompt)
+    if kind != "static":
+        prompt[0, :3] = mask[0, :3] = 0
+    more: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
+    options |= {"num_beams": 3} if kind == "beams" else {}
+    wanted = moe.generate(prompt, attention_mask=mask, **options)
+    assert torch.equal(fast.generate(prompt, attention_mask=mask, **options, **more), wanted)
+    records = moecompile.last_graphs(fast)
+    assert len(records) <= 3 and all(record.output_code and not record.fallback for record in records)
+
+
+def test_fully_sharded_parameters(tmp_path: Path) -> None:
+    """Two processes with FSDP2, compiled: the logits and gradients of one."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys, torch, moecompile\n"
+        "torch.set_num_threads(1)\n"
+        "from compiling import IDS, plain, without_inductor\n"
+        "from torch.distributed.fsdp import fully_shard\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "moe = plain()\n"
+        "wanted = moe(input_ids=IDS, labels=IDS)\n"
+        "wanted.loss.backward()\n"
+        "gradients = {n: p.grad for n, p in moe.named_parameters() if p.grad is not None}\n"
+        "moe.zero_grad()\n"
+        "mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (2,))\n"
+        "for layer in moe.model.layers:\n"
+        "    fully_shard(layer, mesh=mesh)\n"
+        "fully_shard(moe, mesh=mesh)\n"
+        "fast = without_inductor(moecompile.compile(moe))\n"
+        "with torch.no_grad():\n"
+        "    assert (fast(input_ids=IDS).logits - wanted.logits).abs().max() < 1e-5\n"
+        "out = fast(input_ids=IDS, labels=IDS)\n"
+        "out.loss.backward()\n"
+        "for name, parameter in moe.named_parameters():\n"
+        "    if name in gradients:\n"
+        "        error = (parameter.grad.full_tensor() - gradients[name]).abs().max()\n"
+        "        assert error < 1e-5 + 1e-3 * gradients[name].abs().max(), (name, error)\n"
+        "records = moecompile.last_graphs(fast)\n"
+        "assert any(record.training for record in records) and any(record.layers for record in records)\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=280)
+    assert job.returncode == 0, job.stderr[-3000:]
 
 
 def test_functions_share_code_between_equal_blocks() -> None:
@@ -494,6 +638,38 @@ def test_verification_of_whole_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
             with monkeypatch.context() as patched, pytest.raises(ParityError, match="outputs differ"):
                 patched.setattr(Backend, "_lower", spoilt)
                 without_inductor(moecompile.compile(moe, verify=True, **options))(input_ids=IDS, **inputs)
+
+
+def test_verification_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values are right, the gradients twice what they should be; and a parameter that is written to stays what it was."""
+    from moecompile.backend import Backend
+
+    def doubled(self: Backend, graph_module: Any, *_: Any) -> Any:
+        def twice(leaf: Any) -> Any:
+            return leaf + (leaf - leaf.detach()) if leaf.requires_grad else leaf
+
+        return lambda *args: [twice(leaf) for leaf in graph_module(*args)]
+
+    moe = calibrated().train()
+    without_inductor(moecompile.compile(moe, verify=True))(input_ids=IDS, labels=IDS).loss.backward()
+    assert not any("not compared" in note for record in moecompile.last_graphs() for note in record.notes[-1:])
+    with monkeypatch.context() as patched, pytest.raises(ParityError, match=r"gradient of .*weight.* differs from eager"):
+        patched.setattr(Backend, "_lower", doubled)
+        without_inductor(moecompile.compile(moe, verify=True))(input_ids=IDS, labels=IDS)
+
+    class Fading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+            return x * self.weight.detach() * self.other
+
+    fading = Fading().train()
+    without_inductor(moecompile.compile(fading, verify=True))(torch.ones(3)).sum().backward()
+    assert fading.weight.tolist() == [0.5] * 3
 
 
 def test_verification_says_what_it_cannot_compare() -> None:

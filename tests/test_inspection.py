@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import calibrated, dense_model, plain, tokens, without_inductor
+from compiling import IDS, calibrated, dense_model, plain, without_inductor
 from moecompile.codegen import cpu, triton_backend
 from moecompile.passes import PassResult, clone, lower_triton
 from moecompile.passes.match_experts import moe_nodes, set_operands
@@ -24,8 +24,6 @@ from moecompile.compiled import compilation_of
 from moecompile.errors import InputError
 from moecompile.parity import tolerance_for
 from moecompile.recipes import Contiguous
-
-IDS = tokens(2, 11)
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +176,8 @@ class Failing:
 def test_bisection_of_infinities_and_of_passes_that_fail() -> None:
     x = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
     assert moecompile.bisect(Masked(), (x,)).culprit is None
+    with pytest.raises(InputError, match="takes a module"):
+        moecompile.bisect(moecompile.compile(lambda x: x), (x,))
     assert moecompile.bisect(Masked(), (x,), passes=[*inference_passes(), Failing()]).culprit == "failing"
 
 

@@ -15,7 +15,7 @@ from moecompile.passes.fold_constants import FoldConstants
 from moecompile.passes.fuse_router import FuseRouter
 from moecompile.passes.lower_cpu import LowerCPU
 from moecompile.passes.lower_triton import LowerTriton
-from moecompile.passes.match_experts import MatchExperts, moe_nodes, operands_of
+from moecompile.passes.match_experts import EXPERT_FFN, MatchExperts, moe_nodes, operands_of
 from moecompile.passes.merge_shared import MergeShared
 from moecompile.passes.nodes import meaning, overwritten, written
 from moecompile.passes.pipeline import inference_passes
@@ -267,6 +267,16 @@ def test_lowering_names_what_it_cannot_compute() -> None:
     result = run_passes(graph_module, [*FRONT, LowerTriton(), LowerCPU()])
     assert operands_of(moe_nodes(result.graph_module)[0])["backend"] == "torch"
     assert any("float64" in reason and "node" in reason for reason in result.refused)
+
+
+def test_an_unknown_number_of_experts_is_named() -> None:
+    graph_module, _ = traced(Layer("softmax", "none"), X)
+    for node in graph_module.graph.nodes:
+        if node.target in (EXPERT_FFN, EXPERT_FFN.overloadpacket):
+            node.args[1].meta.clear()
+    result = run_passes(graph_module, FRONT)
+    assert not moe_nodes(result.graph_module)
+    assert any("stays expert_ffn: how many experts" in reason and "node" in reason for reason in result.refused)
 
 
 @pytest.mark.parametrize(

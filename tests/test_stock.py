@@ -228,10 +228,79 @@ def test_stock_experts_are_lowered_wherever_they_are_met(implementation: str, mo
     assert graphs and not any("expert_ffn" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
-def test_verification_of_stock_experts(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = copy.deepcopy(models["mixtral"])
+def test_transformers_own_experts_are_as_they_were(models: dict[str, Any]) -> None:
+    """A subclass that calls its parent's forward, and other compilers' graphs, which no layer of equal shape adds to."""
+
+    class Louder(tf.models.mixtral.modeling_mixtral.MixtralExperts):
+        def forward(self, *args: Any) -> Tensor:
+            return super().forward(*args) * 2
+
+    experts = copy.deepcopy(models["mixtral"].model.layers[0].mlp.experts)
+    x, weights, ids = experts_inputs(32)
+    wanted = experts(x, ids, weights)
+    louder = copy.deepcopy(experts)
+    louder.__class__ = Louder
+    assert torch.equal(louder(x, ids, weights), wanted * 2)
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+
+    @torch.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    def run(layer: nn.Module) -> Tensor:
+        return layer(x, ids, weights)
+
+    with torch.no_grad():
+        for _ in range(3):
+            layer = copy.deepcopy(experts)
+            layer.config._experts_implementation = "batched_mm"
+            assert apart(run(layer), wanted) < 1e-5
+    assert len(graphs) == 1
+
+
+def test_disabled_experts_are_transformers_own(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECOMPILE_DISABLE", "all")
+    torch._dynamo.reset()
+    model, before = models["mixtral"], len(moecompile.last_graphs())
+    model.set_experts_implementation("batched_mm")
+    with torch.no_grad(), monkeypatch.context() as patched:
+        patched.setattr(stock, "experts_forward", None)
+        torch.compile(model, backend="moecompile")(tokens())
+    model.set_experts_implementation("eager")
+    assert len(moecompile.last_graphs()) == before
+
+
+def test_turned_weights_are_laid_out_for_the_kernel() -> None:
+    """Experts that are stored transposed are read in place: no copy of them at a call."""
+    experts = layout(is_transposed=True)
+    x, weights, ids = experts_inputs()
+    experts.config._experts_implementation = "batched_mm"
+    wanted = experts(x, ids, weights)
+    torch._dynamo.reset()
+    fast = without_inductor(moecompile.compile(experts, fullgraph=True))
+    with torch.no_grad():
+        assert apart(fast(x, ids, weights), wanted) < 1e-5
+    assert experts.gate_up_proj.mT.is_contiguous() and experts.down_proj.is_contiguous()
+    assert apart(experts(x, ids, weights), wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_generation_of_a_compiled_stock_moe(models: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    for family in ("mixtral", "deepseek_v3"):
+        model = models[family]
+        fast = moecompile.compile(model)
+        settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(tokens())}
+        assert torch.equal(fast.generate(tokens(), **settings), model.generate(tokens(), **settings))
+        records = moecompile.last_graphs(fast)
+        assert len(records) <= 3 and all(record.layers and not record.fallback for record in records)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verification_of_stock_experts(dtype: torch.dtype, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(models["mixtral"]).to(dtype)
     torch._dynamo.reset()
     with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            without_inductor(moecompile.compile(model, verify=True))(tokens())
         without_inductor(moecompile.compile(model, verify=True))(tokens())
         monkeypatch.setattr("moecompile.checking.experts_forward", lambda *operands: stock.experts_forward(*operands) + 0.1)
         with pytest.raises(ParityError, match=r"model\.layers\.0\.mlp\.experts: all experts on"):
