@@ -53,6 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from fetch_model import fetch
 from quality_variants import OWN
 
+PEERS = ("eager", "batched_mm", "grouped_mm")
 PROMPT = 128  # tokens in the cache when decoding starts
 Step = Callable[[], Tensor]  # one step -> its logits
 
@@ -155,7 +156,7 @@ def prefiller(call: Any, vocabulary: int, length: int) -> Step:
 
 
 def measure(
-    steps: dict[str, Step], rounds: int, repeat: int, ask: bool = False, verify: Callable[[], object] = lambda: None
+    steps: dict[str, Step], rounds: int, repeat: int, ask: bool = False, verify: Callable[[str], object] = lambda _: None
 ) -> dict[str, float]:
     """Median seconds per step over rounds; within a round each system takes ``repeat`` steps, of which the median counts.
     With ``ask`` the rounds begin when a line is read, so that other work can be stopped for them alone. ``verify`` as for
@@ -230,8 +231,8 @@ def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool, only: list[
         if part == (0.75 if phase == "decode" else 0.25) or not (part == 0.5 or asked(f"ours {part:.0%}")):
             continue
         moe = split(dense, shared, experts, top_k)
-        others = [f"{implementation} {part:.0%}" for implementation in ("eager", "batched_mm", "grouped_mm")]
-        others = [name for name in others if peers and part == 0.5 and asked(name)]
+        others = [f"{implementation} {part:.0%}" for implementation in PEERS]
+        others = [name for name in others if peers and asked(name)]
         base = copy.deepcopy(moe) if others else moe  # ours lays its weights out anew
         for name in others:
             other = peer(base, name.split()[0])
@@ -250,23 +251,25 @@ def systems(dense: Any, dtype: torch.dtype, phase: str, peers: bool, only: list[
     return chosen
 
 
-def agree(found: dict[str, Tensor], verify: Callable[[], object]) -> None:
+def agree(found: dict[str, Tensor], verify: Callable[[str], object]) -> None:
     """Systems with the same weights and routers gave the same logits (float32; rounding to bfloat16 changes routing).
 
     Sums in another order may turn a close choice of a random router, and with it everything behind (in a prompt of 512 tokens
     and 30 layers a choice as close as rounding is to be expected): a difference is said. One of the eager loop must be such a
-    turn: ``verify`` compares every layer of the compiled model with eager code on the same inputs, and finds the turned choice.
+    turn: ``verify`` compares every layer of the compiled model of a share with eager code on the same inputs, and finds the
+    turned choice.
 
     Raises:
         ParityError: ours are wrong.
     """
-    wanted = found["ours 50%"]
-    for name in ("eager 50%", "batched_mm 50%", "grouped_mm 50%"):
-        if name in found and wanted.dtype == torch.float32:
+    for name in found:
+        implementation, _, share = name.partition(" ")
+        wanted = found.get(f"ours {share}")
+        if implementation in PEERS and wanted is not None and wanted.dtype == torch.float32:
             error = ((found[name] - wanted).norm() / wanted.norm()).item()
             say(f"    {name} against ours: relative difference {error:.1e}")
-            if error > 1e-3 and name.startswith("eager"):
-                verify()
+            if error > 1e-3 and implementation == "eager":
+                verify(share)
                 say("    on the same inputs every layer agrees with eager code: a close choice of a random router turned")
 
 
@@ -282,8 +285,11 @@ def table(dense: Any, dtype: torch.dtype, phase: str, options: argparse.Namespac
             seconds = measure(steps, options.rounds, 16, options.ask)
         else:
             steps = {name: prefiller(each.call, vocabulary, options.prefill) for name, each in chosen.items()}
-            moe = chosen["ours 50%"].model
-            verify = prefiller(moecompile.compile(moe, dynamic=True, verify=True), vocabulary, options.prefill)
+
+            def verify(share: str) -> object:
+                moe = chosen[f"ours {share}"].model
+                return prefiller(moecompile.compile(moe, dynamic=True, verify=True), vocabulary, options.prefill)()
+
             seconds = measure(steps, options.rounds, 1, options.ask, verify)
         full = sizes(dense, 1.0)
         for name, each in chosen.items():
@@ -296,7 +302,7 @@ def table(dense: Any, dtype: torch.dtype, phase: str, options: argparse.Namespac
                 {
                     "system": name, "phase": phase, "dtype": name_of, "batch": 1, "tokens": tokens,
                     "seconds": seconds[name], "tokens_per_second": tokens / seconds[name],
-                    "speedup": seconds["dense"] / seconds[name], "limit": limit,
+                    "speedup": seconds["dense"] / seconds[name], "limit": limit, "date": str(date.today()),
                 }
             )  # fmt: skip
     return rows
@@ -318,7 +324,7 @@ print(first, time.perf_counter() - start, len(moecompile.last_graphs(fast)))
 """
 
 
-def compile_seconds(dense: Any) -> dict[str, float]:
+def compile_seconds(dense: Any) -> dict[str, Any]:
     """Seconds in a new process from the first call until it returns (one graph), and until the second decoded token (all
     graphs): with an empty cache, and with a filled one."""
     with tempfile.TemporaryDirectory() as folder:
@@ -326,7 +332,7 @@ def compile_seconds(dense: Any) -> dict[str, float]:
         moecompile.save(moe, Path(folder) / "moe")
         script = COMPILE.format(threads=torch.get_num_threads(), path=str(Path(folder) / "moe"))
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "cache")}
-        found = {}
+        found: dict[str, Any] = {"date": str(date.today())}
         for name in ("cold", "warm"):
             command = [sys.executable, "-c", script]
             printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
@@ -338,20 +344,22 @@ def compile_seconds(dense: Any) -> dict[str, float]:
 def markdown(result: dict[str, Any]) -> str:
     """The tables as text."""
     lines = [f"# Speed: {result['model']}, {result['machine']}", ""]
-    lines += [f"{result['date']}; torch {result['torch']}, transformers {result['transformers']}, {result['threads']} threads."]
+    lines += [f"torch {result['torch']}, transformers {result['transformers']}, {result['threads']} threads."]
     if compiled := result.get("compile_seconds"):
         first = f"cold {compiled['cold_first_call']:.1f} s, warm {compiled['warm_first_call']:.1f} s"
         lines += [
             f"Compile time of the 50 % model in a new process: its first call, a prompt: {first}; until the second decoded"
         ]
-        lines += [f"token, {compiled['graphs']:.0f} graphs: cold {compiled['cold']:.1f} s, warm {compiled['warm']:.1f} s."]
+        lines += [
+            f"token, {compiled['graphs']:.0f} graphs: cold {compiled['cold']:.1f} s, warm {compiled['warm']:.1f} s ({compiled.get('date', result['date'])})."
+        ]
     groups = dict.fromkeys((row["phase"], row["dtype"]) for row in result["rows"])
     for phase, dtype in groups:
         rows = [row for row in result["rows"] if (row["phase"], row["dtype"]) == (phase, dtype)]
         tokens = f"{rows[0]['tokens']} tokens" if phase == "prefill" else "batch 1"
         lines += [
             "",
-            f"## {phase}, {tokens}, {dtype}",
+            f"## {phase}, {tokens}, {dtype} ({rows[0].get('date', result['date'])})",
             "",
             "| system | ms | tokens/s | over dense | limit |",
             "|---|---|---|---|---|",
