@@ -346,12 +346,13 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"# Speed: {result['model']}, {result['machine']}", ""]
     lines += [f"torch {result['torch']}, transformers {result['transformers']}, {result['threads']} threads."]
     if compiled := result.get("compile_seconds"):
+        measured = compiled.get("date", result["date"])
         first = f"cold {compiled['cold_first_call']:.1f} s, warm {compiled['warm_first_call']:.1f} s"
         lines += [
             f"Compile time of the 50 % model in a new process: its first call, a prompt: {first}; until the second decoded"
         ]
         lines += [
-            f"token, {compiled['graphs']:.0f} graphs: cold {compiled['cold']:.1f} s, warm {compiled['warm']:.1f} s ({compiled.get('date', result['date'])})."
+            f"token, {compiled['graphs']:.0f} graphs: cold {compiled['cold']:.1f} s, warm {compiled['warm']:.1f} s ({measured})."
         ]
     groups = dict.fromkeys((row["phase"], row["dtype"]) for row in result["rows"])
     for phase, dtype in groups:

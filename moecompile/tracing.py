@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
 from .backend import collector_paused
+from .lowered import warn_once
 
 
 class _Calls(threading.local):
@@ -35,8 +36,11 @@ def calling(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
     30 layers). Not where the call has floats of its own, each of which would be compiled anew. And no garbage collection behind
     each graph, .35 s.
     """
-    from torch._dynamo import config
+    from torch._dynamo import config, convert_frame
     from torch._dynamo.callback import callback_handler
+
+    if _limit_told not in convert_frame.log.filters:
+        convert_frame.log.addFilter(_limit_told)
 
     if _start not in callback_handler.start_callbacks:  # torch._dynamo.reset() forgets them
         callback_handler.register_start_callback(_start)
@@ -57,6 +61,19 @@ def _start(_: object) -> None:
         _fix_heads(_calls.running[-1].get("past_key_values"))
         for each in (collector_paused(), _lookups(), _names()):
             _undo.enter_context(each)
+
+
+def _limit_told(record: logging.LogRecord) -> bool:
+    """TorchDynamo gives up on a function that it compiled too often, and logs it: our warning in its place."""
+    if not _calls.running or not str(record.msg).startswith("torch._dynamo hit config."):
+        return True
+    limit, value, function, reason, *_ = map(str, record.args or ())
+    warn_once(f"{function}: further calls run in eager mode: {limit} ({value}) is reached; last reason: {_line(reason)}")
+    return False
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]
 
 
 def _fix_heads(cache: Any) -> None:

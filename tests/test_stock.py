@@ -73,8 +73,13 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 def with_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    return with_gradients_of(model, model)
+
+
+def with_gradients_of(call: Any, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients, with a model's parameters and what runs it."""
     model.zero_grad()
-    out = model(tokens(), labels=tokens())
+    out = call(tokens(), labels=tokens())
     out.loss.backward()
     return out.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -196,7 +201,7 @@ def test_gpt_oss_keeps_its_own_experts_and_says_so_once(monkeypatch: pytest.Monk
     assert len([w for w in told if "moecompile" in str(w.message)]) == 1
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v2"])
+@every_family
 def test_compile_lowers_the_experts_of_stock_models(name: str, models: dict[str, Any]) -> None:
     """Without transformers' switch: every layer with experts becomes a kernel, and its numbers are the model's own."""
     torch._dynamo.reset()
@@ -280,6 +285,16 @@ def test_turned_weights_are_laid_out_for_the_kernel() -> None:
         assert apart(fast(x, ids, weights), wanted) < 1e-5
     assert experts.gate_up_proj.mT.is_contiguous() and experts.down_proj.is_contiguous()
     assert apart(experts(x, ids, weights), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_training_of_compiled_stock_models(name: str, models: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    model = copy.deepcopy(models[name])
+    (wanted, gradients), (found, ours) = with_gradients(model), with_gradients_of(moecompile.compile(model), model)
+    assert apart(found, wanted) < 1e-5 and ours.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        assert apart(ours[key], gradient) < 1e-4, key
 
 
 @torch.no_grad()

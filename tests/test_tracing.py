@@ -170,3 +170,15 @@ def test_a_model_beside_the_compiled_one_is_traced_as_ever() -> None:
 
     logits(fast)
     torch.testing.assert_close(logits(torch.compile(dense, backend="eager")), logits(dense))
+
+
+def test_what_is_compiled_too_often_is_told() -> None:
+    """Numbers that TorchDynamo guards on: the ninth runs in eager mode, with one warning; then as before."""
+    _told.clear()
+    fast = without_inductor(moecompile.compile(lambda x, name: x * len(name) if name in "abcdefghijkl" else x))
+    x = torch.ones(3)
+    with pytest.warns(FallbackWarning, match="<lambda>.*further calls run in eager mode: recompile_limit") as told:
+        for letter in "abcdefghijkl":
+            assert torch.equal(fast(x, letter), x)
+    assert len(told) == 1
+    assert len(moecompile.last_graphs(fast)) == torch._dynamo.config.recompile_limit
