@@ -351,9 +351,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [
             f"Compile time of the 50 % model in a new process: its first call, a prompt: {first}; until the second decoded"
         ]
-        lines += [
-            f"token, {compiled['graphs']:.0f} graphs: cold {compiled['cold']:.1f} s, warm {compiled['warm']:.1f} s ({measured})."
-        ]
+        last = f"cold {compiled['cold']:.1f} s, warm {compiled['warm']:.1f} s"
+        lines += [f"token, {compiled['graphs']:.0f} graphs: {last} ({measured})."]
     groups = dict.fromkeys((row["phase"], row["dtype"]) for row in result["rows"])
     for phase, dtype in groups:
         rows = [row for row in result["rows"] if (row["phase"], row["dtype"]) == (phase, dtype)]

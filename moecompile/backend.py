@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import attention, linears, logs, lowered, ops
-from .checking import check_blocks, check_experts, verified
+from .block_checks import check_blocks, check_experts
+from .checking import verified
 from .codegen import cpu
 from .dispatching import present_trace
 from .errors import CompileError, InputError
@@ -33,7 +34,7 @@ from .passes.match_experts import moe_nodes, operands_of
 from .passes.nodes import site_of
 from .passes.pipeline import closing_passes, inference_passes, training_passes
 from .records import GraphRecord, graph_text, new_record, observe
-from .scope import modules_in
+from .scope import globals_of, modules_in
 from .version import __version__
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -218,10 +219,17 @@ def backend(
     fullgraph = bool(getattr(trace, "one_graph", False))
     made = CompileOptions(mode=mode or "default", options=tuple(own.items()), fullgraph=fullgraph, **chosen)
     if made.verify:
-        for module in modules_in(getattr(trace, "f_locals", {}).values()):
+        for module in modules_in(_named_in(trace)):
             check_blocks(module)
             check_experts(module)
     return Backend(made)(graph_module, example_inputs)
+
+
+def _named_in(trace: Any) -> list[Any]:
+    """What the traced frame has and names: its arguments, its closure, the globals that it reads."""
+    if trace is None:
+        return []
+    return [*trace.f_locals.values(), *(trace.f_globals.get(name) for name in globals_of(trace.f_code))]
 
 
 backend.lowers_experts = True  # type: ignore[attr-defined]

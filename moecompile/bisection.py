@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from . import logs
 from .backend import CompileOptions, through_inductor
 from .capture import normalise_inputs
-from .checking import largest_difference
+from .checking import copies, largest_difference, overwritten
 from .compiled import Compilation
 from .errors import InputError
 from .parity import tolerance_for
@@ -77,9 +77,9 @@ def bisect(
         CaptureError: the inputs cannot be guessed.
         InputError: it is a function.
     """
-    options = CompileOptions()
+    options, dynamic = CompileOptions(), None
     while isinstance(found := getattr(model, "_moecompile", None), Compilation):
-        options, model = found.options, found.target
+        options, dynamic, model = found.options, found.dynamic, found.target
     if not isinstance(model, nn.Module):
         raise InputError(f"bisect takes a module, not {type(model).__name__}; give the module that the function calls")
     options = replace(options, inductor=True, weights=options.weights if weights is None else weights)
@@ -92,7 +92,7 @@ def bisect(
         return model(*args, **kwargs)
 
     with ExpertsSwitch(model):
-        torch.compile(forward, backend=backend)(*args, **kwargs)
+        torch.compile(forward, backend=backend, dynamic=dynamic)(*args, **kwargs)
     return Bisection(tuple(steps))
 
 
@@ -137,21 +137,17 @@ class _Bisecting:
     def _compare(
         self, number: int, graph_module: GraphModule, stages: Sequence[tuple[str, Any]], inputs: Sequence[Any]
     ) -> None:
-        reference = _floats(graph_module(*_copies(inputs)))
+        changed = overwritten(graph_module)
+        reference = _floats(graph_module(*copies(inputs, changed)))
         allowed = tolerance_for(reference)
         for name, stage in stages:
             if stage is None:
                 self.steps.append(Step(number, name, math.inf, allowed))
             elif name:
-                self._note(number, name, reference, stage(*_copies(inputs)), allowed)
+                self._note(number, name, reference, stage(*copies(inputs, changed)), allowed)
 
     def _note(self, number: int, name: str, reference: list[Tensor], outputs: Any, allowed: float) -> None:
         self.steps.append(Step(number, name, largest_difference(_floats(outputs), reference), allowed))
-
-
-def _copies(inputs: Sequence[Any]) -> list[Any]:
-    """Inputs for one more run: a KV cache is written in place."""
-    return [x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x for x in inputs]
 
 
 def _floats(outputs: Any) -> list[Tensor]:

@@ -20,13 +20,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from . import logs, stock
 from .apply import moe_blocks
 from .backend import Backend, CompileOptions
-from .checking import check_blocks, check_experts
+from .block_checks import check_blocks, check_experts
 from .codegen import operators, packing, stored, triton_backend
 from .conversion import convert
 from .errors import CompileError, InputError, MatchError, MoECompileError
@@ -65,7 +66,8 @@ class Compilation:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the target, compiled."""
-        if torch.compiler.is_compiling() or "all" in logs.disabled():
+        # (is_compiling() is true in every thread while one compiles.)
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or "all" in logs.disabled():
             return self.target(*args, **kwargs)
         scopes = []
         for module in self._modules(args, kwargs):
@@ -88,6 +90,8 @@ class Compilation:
             inner = getattr(error, "inner_exception", None) or error.__cause__ or below
             if isinstance(inner, MoECompileError):
                 raise inner from None
+            if isinstance(error, FailOnRecompileLimitHit):
+                raise CompileError(f"{_name(self.target)} was compiled too often ({inner or error})") from error
             raise
 
     def _modules(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[nn.Module]:

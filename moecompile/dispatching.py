@@ -32,7 +32,7 @@ def offer_experts() -> None:
 
     def get_interface(experts_implementation: str, default: Callable[..., Tensor]) -> Callable[..., Tensor]:
         found = answer(experts_implementation, default)
-        if torch.compiler.is_compiling() and experts_implementation in _USUAL and _is_ours():
+        if torch.compiler.is_dynamo_compiling() and experts_implementation in _USUAL and _is_ours():
             return _asking(found)
         return found
 

@@ -76,7 +76,9 @@ def modules_named(function: Any) -> list[nn.Module]:
     """The modules that a function names: in its closure, its globals and defaults, and what it is bound to, with the modules
     that these hold. Decorators that keep what they wrap (``torch.no_grad()``) are looked through."""
     found: list[nn.Module] = []
-    while function is not None:
+    seen: set[int] = set()
+    while function is not None and id(function) not in seen and len(seen) < _MOST:
+        seen.add(id(function))
         if isinstance(function, functools.partial):
             found += modules_in([*function.args, *function.keywords.values()])
             function = function.func
@@ -94,7 +96,7 @@ def _values_of(function: types.FunctionType, bound: Any) -> Iterator[Any]:
     yield bound
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    for name in _globals_of(function.__code__):
+    for name in globals_of(function.__code__):
         if name in function.__globals__:
             yield function.__globals__[name]
     for cell in function.__closure__ or ():
@@ -103,10 +105,10 @@ def _values_of(function: types.FunctionType, bound: Any) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+def globals_of(code: types.CodeType) -> tuple[str, ...]:
     """The global names that a function reads, and the functions within it. (``co_names`` has attributes as well.)"""
     names = [each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-    inner = [name for each in code.co_consts if isinstance(each, types.CodeType) for name in _globals_of(each)]
+    inner = [name for each in code.co_consts if isinstance(each, types.CodeType) for name in globals_of(each)]
     return tuple(dict.fromkeys([*names, *inner]))
 
 

@@ -68,7 +68,8 @@ def _limit_told(record: logging.LogRecord) -> bool:
     if not _calls.running or not str(record.msg).startswith("torch._dynamo hit config."):
         return True
     limit, value, function, reason, *_ = map(str, record.args or ())
-    warn_once(f"{function}: further calls run in eager mode: {limit} ({value}) is reached; last reason: {_line(reason)}")
+    told = f"{limit} ({value}) is reached, last reason: {_line(reason)}"
+    warn_once(f"{function}: calls that match no compiled graph run in eager mode from now on: {told}")
     return False
 
 

@@ -85,6 +85,8 @@ class LowerLinear:
         kinds = {given.dtype, rows.dtype, out.dtype} | ({offset.dtype} if offset is not None else set())
         if len(kinds) > 1:
             return "its operands are of several types, or it is cast by autocast"
+        if self.weight_format != "same" and _scores(node):
+            return "its outputs are scores, which are not rounded"
         if rows.dim() != 2 or given.dim() < 1 or not rows.is_contiguous():
             return "its weight is not a matrix of contiguous rows"
         operands = (weight, bias) if isinstance(bias, Node) else (weight,)

@@ -177,8 +177,12 @@ def test_what_is_compiled_too_often_is_told() -> None:
     _told.clear()
     fast = without_inductor(moecompile.compile(lambda x, name: x * len(name) if name in "abcdefghijkl" else x))
     x = torch.ones(3)
-    with pytest.warns(FallbackWarning, match="<lambda>.*further calls run in eager mode: recompile_limit") as told:
+    with pytest.warns(FallbackWarning, match="<lambda>.*run in eager mode from now on: recompile_limit") as told:
         for letter in "abcdefghijkl":
             assert torch.equal(fast(x, letter), x)
     assert len(told) == 1
     assert len(moecompile.last_graphs(fast)) == torch._dynamo.config.recompile_limit
+    strict = without_inductor(moecompile.compile(lambda x, name: x * len(name), fullgraph=True))
+    with pytest.raises(CompileError, match="compiled too often"):
+        for letter in "abcdefghijkl":
+            strict(x, letter)
