@@ -698,7 +698,7 @@ def test_verification_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     right(input_ids=IDS[:, :-1], labels=IDS[:, 1:]).loss.backward()  # of other strides than a copy has
     assert moecompile.last_graphs(right)[-1].training
     assert not any("verify" in note for record in moecompile.last_graphs(right) for note in record.notes)
-    with monkeypatch.context() as patched, pytest.raises(ParityError, match=r"gradient of model\.layers\.\d.* differs from eager"):
+    with monkeypatch.context() as patched, pytest.raises(ParityError, match=r"gradient of model\.layers\.\d.* differs"):
         patched.setattr(Backend, "_lower", doubled)
         without_inductor(moecompile.compile(moe, verify=True))(input_ids=IDS, labels=IDS)
 
