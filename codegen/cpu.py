@@ -189,7 +189,7 @@ class _Bound:
     def __init__(self, spec: BlockKernelSpec, operands: tuple[Tensor | None, ...]) -> None:
         self.spec, self.kernel = spec, build(spec)
         named, made = dict(zip(STATIC, operands, strict=True)), dict[str, Tensor]()
-        forms = {name: form for name, tensor in named.items() if tensor is not None and (form := _form(name, tensor, spec))}
+        forms = {name: form for name, tensor in named.items() if tensor is not None and (form := form_of(name, tensor, spec))}
         for name, form in forms.items():
             packed = _packed(named[name], form)
             made[name] = packed[0]
@@ -206,8 +206,8 @@ class _Bound:
         self.addresses = torch.tensor([tensor.data_ptr() for tensor in picked])
 
 
-def _form(name: str, tensor: Tensor, spec: BlockKernelSpec) -> str | None:
-    """How the kernel wants an operand, if not as it is."""
+def form_of(name: str, tensor: Tensor, spec: BlockKernelSpec) -> str | None:
+    """How the kernel wants an operand, a key of :data:`packing.FORMS`; None where it takes it as it is."""
     if name in _MATRICES:
         rows = "neurons" if name.endswith("down") else "rows"
         if spec.quantised:

@@ -93,9 +93,14 @@ def packed(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """
     if weight.is_inference():
         raise ValueError("a weight has to be packed, but is an inference tensor, whose changes cannot be seen")
-    packing.FORMS.setdefault(name, functools.partial(_form, name=name))
-    stored, scale = packing.cache.get(weight, name)
+    stored, scale = packing.cache.get(weight, form(name))
     return stored, scale
+
+
+def form(name: str) -> str:
+    """A format's name as a key of :data:`packing.FORMS`."""
+    packing.FORMS.setdefault(name, functools.partial(_form, name=name))
+    return name
 
 
 def _form(weight: Tensor, name: str) -> tuple[Tensor, ...]:

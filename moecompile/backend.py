@@ -103,7 +103,7 @@ class Backend:
         record = new_record(graph_module, training, self.options)
         record.inputs = tuple(_input_facts(value) for value in example_inputs)
         self.records.append(record)
-        record.graph_module = self._rewrite(graph_module, record, training)
+        record.graph_module = self._rewrite(graph_module, record, example_inputs)
         _describe(record)
         if self.options.fullgraph:
             _build(record)
@@ -113,8 +113,8 @@ class Backend:
         compiled = self._lower(clone(lowered), example_inputs, record)
         return verified(compiled, record, self.options.weights) if self.options.verify else compiled
 
-    def _rewrite(self, graph_module: GraphModule, record: GraphRecord, training: bool) -> GraphModule:
-        passes = training_passes() if training else inference_passes(self.options.weights)
+    def _rewrite(self, graph_module: GraphModule, record: GraphRecord, inputs: Sequence[Any]) -> GraphModule:
+        passes = training_passes() if record.training else inference_passes(self.options.weights, inputs)
         return self._run(passes, graph_module, record)
 
     def _run(self, passes: list[Pass], graph_module: GraphModule, record: GraphRecord) -> GraphModule:

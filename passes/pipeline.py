@@ -13,6 +13,7 @@
 | ``lower_triton``, ``lower_cpu`` | ``moe_ffn`` -> generated kernels |
 | ``lower_linear`` | the linear layers that are left -> ``linears``, one launch for those that read one x |
 | ``lower_attention`` | attention of few queries -> ``attend`` |
+| ``pack_weights`` | weights that a kernel reads in another form: the copies are made |
 | ``outline_layers`` | equal layers -> calls of one subgraph, which Inductor compiles once |
 
 The rest is left to Inductor, as is a graph without expert FFNs. A graph that is differentiated keeps ``expert_ffn``, which has
@@ -20,6 +21,9 @@ gradients: it goes through ``fold_constants`` alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from .base import Pass
 from .dead_code import DeadCode
@@ -34,15 +38,17 @@ from .lower_triton import LowerTriton
 from .match_experts import MatchExperts
 from .merge_shared import MergeShared
 from .outline_layers import OutlineLayers
+from .pack_weights import PackWeights
 from .share_dispatch import ShareDispatch
 
 
-def inference_passes(weight_format: str = "same") -> list[Pass]:
+def inference_passes(weight_format: str = "same", inputs: Sequence[Any] = ()) -> list[Pass]:
     """The passes of a graph that is not differentiated.
 
     Args:
         weight_format: how kernels read weights: ``same`` as stored, ``int8`` the experts', ``int8-all`` on CPUs the other
             linear layers' too, or on GPUs ``int4`` or ``fp8``.
+        inputs: what the graph is called with, for weights to be packed ahead.
     """
     experts, others = ("int8", "int8") if weight_format == "int8-all" else (weight_format, "same")
     return [
@@ -58,6 +64,7 @@ def inference_passes(weight_format: str = "same") -> list[Pass]:
         LowerCPU(experts),
         LowerLinear(others),
         LowerAttention(),
+        PackWeights(inputs),
     ]
 
 

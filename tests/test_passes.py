@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import calibrated, tokens
+from moecompile.codegen import cpu, packing
 from moecompile.codegen.triton_spec import Target
 from moecompile.passes import PassError, PassResult, run_passes
 from moecompile.passes.dead_code import DeadCode
@@ -290,6 +291,24 @@ def test_stored_weights_for_a_device(kind: str, target: str, form: str | None, m
     result = run_passes(graph_module, [*FRONT, LowerTriton(kind)])
     assert operands_of(moe_nodes(result.graph_module)[0])["weight_format"] == (form or "same")
     assert len([reason for reason in result.refused if "compute capability 8.9" in reason]) == (form is None)
+
+
+def test_weights_are_packed_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By neuron, or rounded; and at a call nothing is made any more."""
+    if cpu.available() is not None:
+        pytest.skip(cpu.available() or "")
+    for form, count in (("same", 1), ("int8", 2)):  # the down projection; up and down
+        layer = Layer("softmax", "none")
+        graph_module, inputs = traced(layer, X)
+        result = run_passes(graph_module, inference_passes(form, inputs))
+        packed = next(note for note in result.notes if note.startswith("pack_weights"))
+        assert f": {count} copies of weights" in packed and "MiB" in packed
+        with monkeypatch.context() as patched, torch.no_grad():
+            patched.setattr(packing, "FORMS", {})
+            found = result.graph_module(*inputs)[0]
+        if form == "same":
+            torch.testing.assert_close(found, graph_module(*inputs)[0], rtol=1e-4, atol=1e-5)
+    assert not any("pack_weights" in note for note in run_passes(graph_module, inference_passes()).notes)
 
 
 def test_order_is_checked_and_passes_can_be_left_out() -> None:
