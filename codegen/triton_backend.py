@@ -250,10 +250,7 @@ def spec_of(
         )
     except ValueError as error:
         raise Unavailable(str(error)) from None
-    reason = (
-        None if weight_format == "same" else stored.refusal(spec.weight_format, target, spec.hidden_size, spec.expert_width)
-    )
-    if reason:
+    if spec.quantised and (reason := stored.refusal(spec.weight_format, target, spec.hidden_size, spec.expert_width)):
         raise Unavailable(reason)
     return spec
 

@@ -191,14 +191,10 @@ class _NearTies(Interpreter):
         if routed or meaning(n) == "topk":
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if routed:
-                x, weight, bias, k = args[:4]
-                scores = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+                scores, k = _scores(*args[:3]), args[3]
             else:
                 scores, k = args[0].detach().double(), args[1] if len(args) > 1 else kwargs["k"]
-            if k < scores.shape[-1]:
-                best = scores.topk(k + 1, dim=-1).values
-                size = scores.masked_fill(scores.isinf(), 0.0).abs().amax(-1)  # masked groups are no size
-                self.found |= bool((best[..., -2] - best[..., -1] <= _TIE * size).any())
+            self.found |= bool(_level(scores, k).any())
         return super().run_node(n)
 
 
@@ -382,12 +378,19 @@ class _Checked(Interpreter):
 def _ties(operands: dict[str, Any]) -> Tensor:
     """(T,) bool: tokens whose last chosen and first left-out expert score the same but for rounding."""
     weight, bias, x, k = (operands[name] for name in ("router_weight", "router_bias", "x", "top_k"))
-    experts = weight.shape[0]
-    if k >= experts:
-        return torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
-    scores = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return _level(_scores(x, weight, bias), k)
+
+
+def _scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+
+def _level(scores: Tensor, k: int) -> Tensor:
+    """(..., N) -> (...) bool: whether the k-th largest and the next are level but for rounding; masked scores are no size."""
+    if k >= scores.shape[-1]:
+        return torch.zeros(scores.shape[:-1], dtype=torch.bool, device=scores.device)
     best = scores.topk(k + 1, dim=-1).values
-    return (best[:, k - 1] - best[:, k]) <= _TIE * scores.abs().amax(-1)
+    return best[..., -2] - best[..., -1] <= _TIE * scores.masked_fill(scores.isinf(), 0.0).abs().amax(-1)
 
 
 def _check_layers(record: GraphRecord, args: Sequence[Any], near: bool = False) -> tuple[Any, list[Tensor]]:

@@ -38,7 +38,7 @@ from .recipes import Recipe
 from .records import GraphRecord
 from .scope import Scope, modules_in, modules_named
 from .stock import ExpertsSwitch, refused_experts, stock_experts
-from .tracing import calling
+from .tracing import calling, in_a_line
 
 T = TypeVar("T")
 
@@ -214,10 +214,8 @@ def _breaks_told(compilation: Compilation) -> Iterator[None]:
         for reason, count in counters["graph_break"].items():
             if count > before.get(reason, 0):
                 where = _place(reason, graph_break_reasons[known:])
-                first = " ".join(reason.split())[:300]
-                warn_once(
-                    f"{_name(compilation.target)}: a part runs in eager mode{where}: {first}", depth=6
-                )  # the caller's line
+                told = f"{_name(compilation.target)}: a part runs in eager mode{where}: {in_a_line(reason)}"
+                warn_once(told, depth=6)  # the caller's line
 
 
 def _place(reason: str, causes: Sequence[Any]) -> str:

@@ -68,12 +68,13 @@ def _limit_told(record: logging.LogRecord) -> bool:
     if not _calls.running or not str(record.msg).startswith("torch._dynamo hit config."):
         return True
     limit, value, function, reason, *_ = map(str, record.args or ())
-    told = f"{limit} ({value}) is reached, last reason: {_line(reason)}"
+    told = f"{limit} ({value}) is reached, last reason: {in_a_line(reason)}"
     warn_once(f"{function}: calls that match no compiled graph run in eager mode from now on: {told}")
     return False
 
 
-def _line(text: str) -> str:
+def in_a_line(text: str) -> str:
+    """What TorchDynamo says in many, at most 300 characters of it."""
     return " ".join(text.split())[:300]
 
 
