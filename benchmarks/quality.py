@@ -171,7 +171,7 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
                     "recipe": None if recipe is None else recipe.name,
                     "settings": {} if recipe is None else recipe.settings(),
                 }
-                key = json.dumps(found)
+                key = json.dumps([found, variant.wrap == "fitted oracle"])
                 groups.setdefault(key, {**common, **found, "seed": seed, "fraction": fraction, "variants": {}})
                 groups[key]["variants"][name] = variant.wrap
             yield from groups.values()

@@ -1,6 +1,7 @@
 """Baselines that cannot be deployed: they compute everything before they decide what to leave out.
 
-oracle       the K experts of the largest |output|, the converted model otherwise as it is
+oracle       the K experts of the largest |output|. Where nothing was fitted to the routers' choice (CMoE) the converted model
+             is otherwise as it is; `calibrated` fits its projections and norm to the oracle's choice (`fitted_to_oracle`)
 teal, wina   neurons with |h_j| (TEAL, arXiv 2408.14690) or |h_j| |w_j| (WINA, arXiv 2505.19427) above a threshold: the
              quantile of the layer's calibration tokens that leaves the wanted share; a token may keep more or fewer.
              Whole neurons are left out, from the down projection's input; the papers also thin the inputs of the others
@@ -8,8 +9,10 @@ teal, wina   neurons with |h_j| (TEAL, arXiv 2408.14690) or |h_j| |w_j| (WINA, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from moecompile.apply import install, moe_blocks
 from moecompile.block import Experts
 from moecompile.conversion import find_ffns
 from moecompile.parity import evaluating
-from moecompile.recipes import Contiguous
+from moecompile.recipes import Contiguous, calibrated
 from moecompile.routers import Router
 from moecompile.sites import DenseFFN
 from moecompile.stream import Stream
@@ -34,13 +37,13 @@ class OracleRouter(Router):
     Taken as h^T (W^T W) h + 2 h^T (W^T c) + c^T c, so that no expert's output is made.
     """
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, down: Tensor, constant: Tensor | None = None) -> None:
+        """From down projections W (N, D, I) and constants c (N, D)."""
         super().__init__()
         self.experts = experts
-        down, bias = experts.down_proj.detach(), experts.down_bias
         self.products = down.transpose(1, 2) @ down  # [N, I, I]
-        self.crossed = None if bias is None else torch.einsum("ndi,nd->ni", down, bias.detach())
-        self.constant = None if bias is None else bias.detach().square().sum(-1)  # [N]
+        self.crossed = None if constant is None else torch.einsum("ndi,nd->ni", down, constant)
+        self.constant = None if constant is None else constant.square().sum(-1)  # [N]
 
     def scores(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, N)."""
@@ -66,7 +69,50 @@ def with_oracle(moe: nn.Module) -> nn.Module:
     """The converted model with an oracle in place of each router, in place; blocks that choose nothing stay."""
     for block in moe_blocks(moe).values():
         if block.router is not None:
-            block.router = OracleRouter(block.experts)
+            bias = block.experts.down_bias
+            block.router = OracleRouter(
+                block.experts, block.experts.down_proj.detach(), None if bias is None else bias.detach()
+            )
+    return moe
+
+
+Changes = list[tuple[Tensor, Tensor]]
+"""For each layer that chooses, the dense model's W_e (N, D, I) and c_e = -W_e mean(h_e), (N, D)."""
+
+
+@contextmanager
+def fitted_to_oracle() -> Iterator[Changes]:
+    """Within, `calibrated` fits all that it fits behind the routers to what an oracle chooses: the experts of which the dense
+    FFN's output changes most when each is replaced by its mean, on the converted model's own inputs.
+
+    Yields what :func:`with_changes` needs. Experts must be of one size.
+    """
+    changes: Changes = []
+    lengths: list[Tensor] = []
+    fit = calibrated.fit_router
+
+    def fitted(x: Tensor, hidden: Tensor, down: Tensor, experts: list[list[int]], weights: Tensor) -> tuple[Tensor, Tensor]:
+        neurons = torch.tensor(experts)  # [N, I]
+        mean = (weights @ hidden) / weights.sum()
+        columns = down[:, neurons].transpose(0, 1).contiguous()  # [N, D, I]
+        changes.append((columns, -torch.einsum("ndi,ni->nd", columns, mean[neurons])))
+        products = columns.transpose(1, 2) @ columns
+        parts = ((part - mean)[:, neurons] for part in hidden.split(_CHUNK))
+        lengths[:] = [torch.cat([(torch.einsum("tni,nij->tnj", h, products) * h).sum(-1) for h in parts])]
+        return fit(x, hidden, down, experts, weights)
+
+    def chosen(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+        return torch.zeros_like(lengths[0], dtype=torch.bool).scatter_(1, lengths[0].topk(k, dim=1).indices, True)
+
+    with mock.patch.multiple(calibrated, fit_router=fitted, route=chosen):
+        yield changes
+
+
+def with_changes(moe: nn.Module, changes: Changes) -> nn.Module:
+    """A model that was converted within :func:`fitted_to_oracle`, with that oracle in place of its routers."""
+    blocks = [block for block in moe_blocks(moe).values() if block.router is not None]
+    for block, change in zip(blocks, changes, strict=True):
+        block.router = OracleRouter(block.experts, *change)
     return moe
 
 

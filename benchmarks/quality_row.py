@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality_baselines import kept_fraction, with_oracle, with_thresholds
+from quality_baselines import fitted_to_oracle, kept_fraction, with_changes, with_oracle, with_thresholds
 from torch import nn
 
 import moecompile
@@ -81,7 +82,9 @@ class Job:
         job = self.job
         recipe = RECIPES[job["recipe"]](**job["settings"])
         calibration, held = self._calibration(recipe)
-        done = convert_with_record(dense, recipe, calibration, held_out=held, seed=job["seed"], progress=self.progress)
+        oracle = "fitted oracle" in job["variants"].values()
+        with fitted_to_oracle() if oracle else nullcontext([]) as changes:
+            done = convert_with_record(dense, recipe, calibration, held_out=held, seed=job["seed"], progress=self.progress)
         costs = {
             "active_fraction": round(active_fraction(done.module), 6),
             "conversion_seconds": done.seconds["total"],
@@ -91,8 +94,9 @@ class Job:
         compute = round(done.costs["flops_per_token"] / done.costs["flops_per_token_dense"], 6)
         rows = []
         for name, wrap in sorted(job["variants"].items(), key=lambda item: item[1]):  # the plain one first
-            if wrap == "oracle":
-                rows.append(self._row(name, with_oracle(done.module), **costs, compute_fraction=None))
+            if wrap:
+                model = with_changes(done.module, changes) if oracle else with_oracle(done.module)
+                rows.append(self._row(name, model, **costs, compute_fraction=None))
                 continue
             row = self._row(name, done.module, **costs, compute_fraction=compute)
             if name in job["dial"]:

@@ -23,7 +23,8 @@ class Variant:
     Attributes:
         about: what it is, for the notes under the table.
         recipe: the recipe for an active fraction; None where the dense model itself is measured.
-        wrap: ``""``, or what :mod:`quality_baselines` does to the model: ``oracle``, ``teal``, ``wina``.
+        wrap: ``""``, or what :mod:`quality_baselines` does to the model: ``oracle``, ``teal``, ``wina``; ``fitted oracle``
+            does it to the conversion too, which is then its own.
         deployable: whether the decision can be had without computing what it decides about.
         dial: whether the phase dial is measured too.
     """
@@ -38,6 +39,11 @@ class Variant:
 def _calibrated(fraction: float) -> Calibrated:
     shared, top_k, experts = OWN[fraction]
     return Calibrated(experts, shared, top_k)
+
+
+def _unrouted(fraction: float) -> Calibrated:
+    shared = round(4 * fraction)
+    return Calibrated(4 - shared, shared, 0)
 
 
 def _counted(fraction: float) -> Calibrated:
@@ -74,6 +80,10 @@ VARIANTS: dict[str, Variant] = {
     "static, refit": Variant(
         "static mask, idle means, least-squares refit of the down projection", lambda f: Static(f, "refit")
     ),
+    "calibrated, no routing": Variant(
+        "this project's recipe with K 0: its static neurons, means, refit on the converted stream and final norm, no routing",
+        _unrouted,
+    ),
     "flap": Variant("FLAP for FFNs, weighted statistics, mean-bias compensation, no routing", Flap),
     "random split": Variant("LLaMA-MoE: 16 random experts, untrained router", lambda f: RandomSplit(16, 0, round(16 * f))),
     "moefication": Variant("MoEfication: 48 experts of like gate rows, trained MLP router", _moefication("mlp")),
@@ -94,5 +104,10 @@ VARIANTS: dict[str, Variant] = {
         "(of a gated FFN of width 1,536)",
         _counted,
     ),
-    "calibrated, oracle": Variant("its experts, chosen by what they would put out", _calibrated, "oracle", deployable=False),
+    "calibrated, oracle": Variant(
+        "its experts, chosen by what they would put out, and all the rest fitted to that choice",
+        _calibrated,
+        "fitted oracle",
+        deployable=False,
+    ),
 }

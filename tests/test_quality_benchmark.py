@@ -17,7 +17,8 @@ from families import BY_NAME, batch_of
 from torch import nn
 
 import moecompile
-from moecompile.recipes import CMoE
+from moecompile.recipes import Calibrated, CMoE
+from moecompile.recipes.neurons import token_weights
 from moecompile.sites import DenseFFN
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +70,7 @@ def test_variants_of_one_conversion_share_it() -> None:
     found = jobs([DENSE], "--only", "cmoe", "cmoe, oracle", "flap", "wina", "teal", "--fractions", "0.5", "--seeds", "0")
     assert [list(job["variants"]) for job in found] == [["cmoe", "cmoe, oracle"], ["flap"], ["wina", "teal"]]
     assert found[0]["recipe"] == "cmoe" and found[0]["settings"]["experts"] == 6 and found[2]["recipe"] is None
+    assert len(jobs([DENSE], "--only", "calibrated", "calibrated, oracle", "--fractions", "0.5", "--seeds", "0")) == 2
 
 
 def test_only_what_is_missing_is_run() -> None:
@@ -172,6 +174,33 @@ def test_oracle_chooses_what_changes_the_output_most() -> None:
     size = torch.stack([(hidden[:, list(e)] @ ffn.down[:, list(e)].t()).norm(dim=1) for e in site.experts], 1)
     with torch.no_grad():
         chosen = block.choose(x)[0].sort().values
+    assert torch.equal(chosen, size.topk(2).indices.sort().values)
+
+
+def test_what_is_fitted_to_an_oracle_is_run_with_it() -> None:
+    """The same choice when fitting and when running; without it, `calibrated` is as it was."""
+    family = BY_NAME["llama"]
+    dense, batch = family.build(), batch_of(family, 40, 8)
+    recipe = Calibrated(6, 2, 2, precision="float32")
+    plain = moecompile.plan(dense, recipe, [batch])
+    with quality_baselines.fitted_to_oracle() as changes:
+        fitted = moecompile.plan(dense, recipe, [batch])
+    moe = quality_baselines.with_changes(moecompile.convert(dense, fitted), changes)
+    assert moecompile.plan(dense, recipe, [batch]).to_dict() == plain.to_dict()
+    assert fitted.sites[0].metrics["calibration_error"] < 0.95 * plain.sites[0].metrics["calibration_error"]
+    for planned, routed in zip(fitted.sites, plain.sites, strict=True):
+        assert planned.experts == routed.experts
+    block, site = next(iter(moecompile.moe_blocks(moe).items()))
+    ffn, seen = DenseFFN.read(fitted.sites[0].site, dense), []
+    hook = moe.get_submodule(block).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        moe(**batch)
+        hook.remove()
+        hidden = ffn.hidden(seen[0])
+        weights = token_weights(ffn.output(hidden).norm(dim=1))
+        hidden = hidden - weights @ hidden / weights.sum()
+        size = torch.stack([(hidden[:, list(e)] @ ffn.down[:, list(e)].t()).norm(dim=1) for e in fitted.sites[0].experts], 1)
+        chosen = site.choose(seen[0])[0].sort().values
     assert torch.equal(chosen, size.topk(2).indices.sort().values)
 
 
