@@ -10,7 +10,8 @@ For a layer with N experts of which K are chosen, over T tokens:
     error        |y - y_dense|^2 / |y_dense|^2, weighted per token as the recipes do, on the inputs of the converted stream,
                  from the dense weights with idle neurons at their means, for three choices of as many neurons: the router's,
                  the oracle's (the K experts of largest amplitude), the best neurons of each token
-                 routing = router - oracle;  granularity = oracle - neurons;  the rest is what any such choice loses
+                 routing = router - oracle;  granularity = oracle - neurons;  the rest is what any such choice loses.
+                 Where experts overlap, "as many" is the router's mean, and single neurons are not always the better choice
 
 ``error_converted`` is the block as it is, with its compensation and what tuning made of it.
 """
@@ -18,7 +19,7 @@ For a layer with N experts of which K are chosen, over T tokens:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ from .parity import evaluating
 from .plans import MoEPlan, SitePlan
 from .progress import Progress
 from .recipes.neurons import token_weights
-from .routing import watched
+from .routing import Choices, watched
 from .sites import DenseFFN
 
 DEAD = 0.001
 SEGMENT, CACHE = 16, 2.0  # m of both metrics; the cache holds twice the active experts, the paper's recommendation
+_HELD = 1 << 30  # bytes of layers' inputs that are held at a time; the model runs once for each such share of its layers
 
 
 @torch.no_grad()
@@ -61,8 +63,7 @@ def balance(
     Returns:
         ``tokens, segment, cache`` and ``layers``: for each ``site, experts`` (that can be chosen), ``top_k, usage, entropy,
         dead, srp, srp_size, sch, sch_experts`` and, with the dense model, ``error_router, error_oracle, error_neurons,
-        error_converted, routing_share, granularity_share`` (of ``error_router``; not where a router at the front decides, whose
-        experts may overlap).
+        error_converted, routing_share, granularity_share`` (of ``error_router``).
 
     Raises:
         InputError: the model was not converted, or there are no batches.
@@ -72,19 +73,39 @@ def balance(
         raise InputError("the model was not converted by moecompile")
     if not batches:
         raise InputError("there are no batches to measure on")
-    facts = {"tokens": sum(batch["input_ids"].numel() for batch in batches), "segment": segment, "cache": cache}
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
     blocks, layers = moe_blocks(moe), []
-    kept = watched(moe, batches, inputs=dense is not None)
-    routed = [site for site in plan.sites if site.site.placement is not None and site.site.placement.block in kept]
-    with evaluating(moe):
-        for site in (progress or Progress()).over(routed, "diagnosis") if routed else ():
-            name = site.site.placement.block  # type: ignore[union-attr]
-            block, (ids, rows) = blocks[name], kept[name]
-            layers.append({"site": site.site.name, **routing(ids, block.spec.choosable, block.top_k, segment, cache)})
-            if dense is not None and rows:
-                layers[-1] |= _errors(site, block, DenseFFN.read(site.site, dense), torch.cat(rows), torch.cat(ids))
-            rows.clear()
-    return {**facts, "layers": layers}
+    routed = {
+        site.site.placement.block: site
+        for site in plan.sites
+        if site.site.placement is not None and blocks[site.site.placement.block].chooses
+    }
+    with (progress or Progress()).bar("diagnosis", len(routed)) as bar:
+        for names in _shares_of(routed, tokens if dense is not None else 0):
+            kept = watched(moe, batches, inputs=dense is not None, only=names)
+            for name in names:
+                site, block, own = routed[name], blocks[name], kept.pop(name)
+                layers.append({"site": site.site.name, **routing(own.ids, block.spec.choosable, block.top_k, segment, cache)})
+                if dense is not None:
+                    with evaluating(moe):
+                        layers[-1] |= _errors(site, block, DenseFFN.read(site.site, dense), own)
+                bar.show(name)
+    return {"tokens": tokens, "segment": segment, "cache": cache, "layers": layers}
+
+
+def _shares_of(routed: Mapping[str, SitePlan], tokens: int) -> Iterator[list[str]]:
+    """Layers in order, as many at a time as may have their inputs of so many tokens held."""
+    names: list[str] = []
+    held = 0
+    for name, site in routed.items():
+        size = 4 * tokens * site.site.hidden_size
+        if names and held + size > _HELD:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield names
 
 
 def routing(ids: Sequence[Tensor], experts: int, top_k: int, segment: int = SEGMENT, cache: float = CACHE) -> dict[str, Any]:
@@ -156,38 +177,34 @@ def _sch(chosen: Sequence[Tensor], slots: int, segment: int) -> float:
     return hits / total if total else math.nan
 
 
-def _errors(site: SitePlan, block: MoEFFN, ffn: DenseFFN, x: Tensor, ids: Tensor) -> dict[str, float]:
-    """The error of three choices of neurons on inputs x (T, D) with the router's choices (T, K), and the block's own."""
+def _errors(site: SitePlan, block: MoEFFN, ffn: DenseFFN, own: Choices) -> dict[str, float]:
+    """The error of three choices of neurons on what the block reads, and the block's own."""
+    x, ids = torch.cat(own.inputs), torch.cat(own.ids)
     dtype = ffn.up.dtype
     y = ffn.output(ffn.hidden(x.to(dtype))).float()
     hidden, down = ffn.hidden(x.to(dtype)).float(), ffn.down.float()  # [T, F], [D, F]
     weights = token_weights(y.norm(dim=1))
     idle = hidden - (weights @ hidden) / weights.sum()
-    owner = torch.full((hidden.shape[1],), len(site.experts), dtype=torch.long, device=x.device)
-    for number, neurons in enumerate(site.experts):
-        owner[list(neurons)] = number
     energy = idle.square() * down.square().sum(0)
-    amplitude = energy.new_zeros(len(x), len(site.experts) + 1).index_add_(1, owner, energy)[:, :-1]
-    oracle = amplitude.topk(ids.shape[1], dim=1).indices
+    member = torch.zeros(hidden.shape[1], len(site.choosable), device=x.device)
+    for number, neurons in enumerate(site.choosable):
+        member[list(neurons), number] = 1.0
+    oracle = (energy @ member).topk(ids.shape[1], dim=1).indices
     scale = float(weights @ y.square().sum(1)) or 1.0
 
-    def lost(off: Tensor) -> float:
-        return float(weights @ ((idle * off) @ down.t()).square().sum(1)) / scale
+    def lost(on: Tensor) -> float:
+        return float(weights @ (idle.masked_fill(on, 0.0) @ down.t()).square().sum(1)) / scale
 
-    def by_expert(choice: Tensor) -> Tensor:
-        on = torch.zeros(len(x), len(site.experts) + 1, device=x.device).scatter_(1, choice, 1.0)
-        on[:, -1] = 1.0
-        return 1 - on[:, owner]
-
-    active = round(site.active_neurons if block.top_k == site.top_k else len(site.shared) + block.top_k * site.expert_width)
-    free = torch.ones_like(hidden).scatter_(1, energy.topk(min(active, energy.shape[1]), dim=1).indices, 0.0)
-    router, best, single = lost(by_expert(ids)), lost(by_expert(oracle)), lost(free)
-    own = float(weights @ (block(x).float() - y).square().sum(1)) / scale
+    on = block.neurons_on(ids)
+    active = round(float(on.sum(1).double().mean()))
+    free = torch.zeros_like(on).scatter_(1, energy.topk(active, dim=1).indices, True)
+    router, best, single = lost(on), lost(block.neurons_on(oracle)), lost(free)
+    put_out = block.with_choice(x, ids).float()
     return {
         "error_router": _rounded(router),
         "error_oracle": _rounded(best),
         "error_neurons": _rounded(single),
-        "error_converted": _rounded(own),
+        "error_converted": _rounded(float(weights @ (put_out - y).square().sum(1)) / scale),
         "routing_share": _rounded((router - best) / router if router else 0.0),
         "granularity_share": _rounded((best - single) / router if router else 0.0),
     }

@@ -269,10 +269,13 @@ class MoEFFN(nn.Module):
 
     def _chosen(self, x: Tensor, k: int) -> Tensor:
         """Shared neurons and k experts: (T, D) -> (T, D)."""
+        return self.with_choice(x, *(self.choose(x, k) if k > 0 else ()))
+
+    def with_choice(self, x: Tensor, ids: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Shared neurons and these experts (T, K), with weights (T, K) or 1: (T, D) -> (T, D)."""
         y = None if self.shared is None else self.shared(x)
-        if k > 0:
-            ids, weights = self.choose(x, k)
-            routed = self.experts(x, ids, weights)
+        if ids is not None:
+            routed = self.experts(x, ids, torch.ones_like(ids, dtype=x.dtype) if weights is None else weights)
             y = routed if y is None else y + routed
         if y is None:
             y = torch.zeros_like(x)

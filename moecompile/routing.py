@@ -7,7 +7,8 @@ tokens that keep an expert is what a cache of experts lives on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -37,37 +38,48 @@ def choices(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
     found = watched(model, ({"input_ids": rows.to(device)} for rows in windows.split(4)))
     if not found:
         raise InputError("no layer of this model chooses experts")
-    return {name: torch.cat(ids).view(*windows.shape, -1).cpu() for name, (ids, _) in found.items()}
+    return {name: torch.cat(own.ids).view(*windows.shape, -1).cpu() for name, own in found.items()}
+
+
+@dataclass
+class Choices:
+    """What one layer chooses, sequence by sequence; where it reads a batch as one row of tokens, that is one sequence.
+
+    Attributes:
+        ids: (S, K) int64 each.
+        inputs: (S, D) each; empty unless they were asked for.
+    """
+
+    ids: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
 def watched(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, inputs: bool = False
-) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """What each layer that chooses experts chooses, and what it reads: module path -> (choices, inputs), sequence by sequence.
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, inputs: bool = False, only: Collection[str] | None = None
+) -> dict[str, Choices]:
+    """What each layer that chooses experts chooses, by module path.
 
     Args:
         model: a converted model.
         batches: model inputs.
-        inputs: keep the inputs, (S, D) each, of the layers that have a router of their own; the lists are empty otherwise.
-
-    Returns:
-        Choices are (S, K) int64; where a layer reads a batch as one row of tokens, S is all of them.
+        inputs: keep what the layers read, too.
+        only: paths of the layers to watch; None for all.
     """
-    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    found: dict[str, Choices] = {}
     hooks = []
     for name, block in moe_blocks(model).items():
-        if not block.chooses:
+        if not block.chooses or (only is not None and name not in only):
             continue
-        found[name] = [], []
+        found[name] = Choices()
 
-        def look(module: nn.Module, args: Any, own: tuple[list[Tensor], list[Tensor]] = found[name]) -> None:
+        def look(module: nn.Module, args: Any, own: Choices = found[name]) -> None:
             assert isinstance(module, MoEFFN)
             x = args[0].detach()
             ids, _ = module.choose(x.reshape(-1, x.shape[-1]))  # one at the front has decided for this step alone
-            own[0].extend(ids.reshape(-1, x.shape[-2], ids.shape[-1]))
-            if inputs and module.routing is None:
-                own[1].extend(x.reshape(-1, x.shape[-2], x.shape[-1]))
+            own.ids.extend(ids.reshape(-1, x.shape[-2], ids.shape[-1]))
+            if inputs:
+                own.inputs.extend(x.reshape(-1, x.shape[-2], x.shape[-1]))
 
         hooks.append(block.register_forward_pre_hook(look))
     try:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
-from tuning import batches, dense_model, pair
+from torch import Tensor
+from tuning import batches, dense_model, front_pair, pair
 
 import moecompile
 from moecompile.balancing import routing
 from moecompile.errors import InputError
 from moecompile.recipes import Calibrated, Contiguous, Static
+from moecompile.recipes.neurons import token_weights
 from moecompile.report import render
+from moecompile.sites import DenseFFN
 
 
 def test_usage_entropy_and_dead_experts() -> None:
@@ -74,13 +78,83 @@ def test_shares_of_the_error() -> None:
         assert sum(layer["usage"]) == pytest.approx(layer["top_k"], abs=1e-3)
 
 
-def test_all_neurons_on_loses_nothing() -> None:
+def test_more_neurons_on_lose_less() -> None:
     dense = dense_model()
     moe = moecompile.convert(dense, Calibrated(experts=6, shared=2, top_k=5), batches(2))
     few = moecompile.balance(moe, dense, [{"input_ids": batches(1)[0]}])["layers"][0]["error_router"]
     dense, moe = pair()
     many = moecompile.balance(moe, dense, [{"input_ids": batches(1)[0]}])["layers"][0]["error_router"]
     assert few < many
+
+
+@pytest.mark.parametrize("kind", ["own", "front", "overlapping"])
+def test_the_errors_from_the_dense_weights_token_by_token(kind: str) -> None:
+    """Each choice of neurons written out with plain loops; a router at the front decides for the layer, too."""
+    dense, moe = pair() if kind == "own" else front_pair(kind == "front")
+    rows = batches(1)[0][:2]
+    found = moecompile.balance(moe, dense, [{"input_ids": rows}])["layers"]
+    assert len(found) == 2
+    for number, site in enumerate(moe.moecompile_plan.sites):
+        block = moe.get_submodule(site.site.placement.block)
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def look(module: Any, args: Any, out: Tensor, seen: list[Any] = seen) -> None:
+            x = args[0].flatten(0, -2)
+            seen.append((x, module.choose(x)[0], out.flatten(0, -2)))
+
+        hook = block.register_forward_hook(look)
+        with torch.no_grad():
+            moe(input_ids=rows)
+        hook.remove()
+        x, ids, out = (t.detach() for t in seen[0])
+        ffn = DenseFFN.read(site.site, dense)
+        y, h, down = ffn.output(ffn.hidden(x)), ffn.hidden(x), ffn.down
+        weights = token_weights(y.norm(dim=1))
+        idle = h - weights @ h / weights.sum()
+        energy = idle.square() * down.square().sum(0)
+        choosable = [set(expert) for expert in site.choosable]
+
+        def error(
+            neurons: list[set[int]], idle: Tensor = idle, y: Tensor = y, w: Tensor = weights, down: Tensor = down
+        ) -> float:
+            lost = sum(
+                float(w[t] * (down @ torch.stack([v * (j not in on) for j, v in enumerate(idle[t])])).square().sum())
+                for t, on in enumerate(neurons)
+            )
+            return lost / float(w @ y.square().sum(1))
+
+        always = set(site.shared)
+        routed = [always.union(*(choosable[e] for e in row)) for row in ids.tolist()]
+        best = []
+        for t in range(len(x)):
+            sums = [sum(float(energy[t, j]) for j in expert) for expert in choosable]
+            best.append(always.union(*(choosable[e] for e in sorted(range(len(sums)), key=lambda e: -sums[e])[: ids.shape[1]])))
+        active = round(sum(map(len, routed)) / len(routed))
+        free = [set(energy[t].topk(active).indices.tolist()) for t in range(len(x))]
+        layer = found[number]
+        assert layer["error_router"] == pytest.approx(error(routed), rel=1e-4)
+        assert layer["error_oracle"] == pytest.approx(error(best), rel=1e-4)
+        assert layer["error_neurons"] == pytest.approx(error(free), rel=1e-4)
+        own = float(weights @ (out - y).square().sum(1)) / float(weights @ y.square().sum(1))
+        assert layer["error_converted"] == pytest.approx(own, rel=1e-4)
+        assert layer["routing_share"] == pytest.approx(1 - error(best) / error(routed), abs=1e-4)
+
+
+def test_layers_are_diagnosed_in_shares_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few inputs may be held, every layer is measured, with the same result."""
+    dense, moe = pair()
+    whole = moecompile.balance(moe, dense, [{"input_ids": batches(1)[0]}])
+    monkeypatch.setattr("moecompile.balancing._HELD", 1)
+    held: list[set[str]] = []
+    watch = moecompile.routing.watched
+
+    def watched(model: Any, given: Any, **more: Any) -> Any:
+        held.append(set(more["only"]))
+        return watch(model, given, **more)
+
+    monkeypatch.setattr("moecompile.balancing.watched", watched)
+    assert moecompile.balance(moe, dense, [{"input_ids": batches(1)[0]}]) == whole
+    assert held == [{"model.layers.0.mlp"}, {"model.layers.1.mlp"}]
 
 
 def test_models_without_a_choice() -> None:

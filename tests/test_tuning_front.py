@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tuning import batches, dense_model
+from tuning import batches
+from tuning import front_pair as pair
 
 import moecompile
-from moecompile.distil import Distillation
 from moecompile.errors import InputError
 from moecompile.front import decide, front_of
 from moecompile.parity import evaluating
-from moecompile.recipes import ReadMe
 from moecompile.teaching import router_targets
 from moecompile.tied import largest_gap
 from moecompile.tuning import TuneConfig, Tuning
@@ -36,20 +33,6 @@ ROUNDS = TuneConfig(
 def float32_unless_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are compared here, so ``auto`` is float32 also on a CPU with bfloat16."""
     monkeypatch.setattr("moecompile.precision.native_bfloat16", lambda: False)
-
-
-def pair(disjoint: bool = False) -> tuple[Any, Any]:
-    """(dense, read-me), fresh copies; aligned: experts that overlap."""
-    return copy.deepcopy(_pair(disjoint))
-
-
-@cache
-def _pair(disjoint: bool) -> tuple[Any, Any]:
-    dense = dense_model()
-    shape: dict[str, Any] = {"disjoint": True, "experts": 6, "shared": 2, "top_k": 2} if disjoint else {"active_fraction": 0.6}
-    recipe = ReadMe(distillation=Distillation(steps=3), router_width=16, router_heads=2, router_mlp=16, **shape)
-    data = {f"d{n}": [{"input_ids": rows % 33 + 33 * n}] for n, rows in enumerate(batches(3, 11))}
-    return dense, moecompile.convert(dense, recipe, data).eval()
 
 
 def run(folder: Path | None, kill_at: int | None = None, disjoint: bool = False) -> tuple[Any, Tuning]:

@@ -14,7 +14,8 @@ import torch
 from families import BY_NAME
 
 import moecompile
-from moecompile.recipes import Calibrated
+from moecompile.distil import Distillation
+from moecompile.recipes import Calibrated, ReadMe
 from moecompile.tuning import TuneConfig, Tuning
 
 TOKENS, ROWS, LENGTH = 99, 4, 24
@@ -46,6 +47,20 @@ def _pair(family: str) -> tuple[Any, Any]:
     dense = dense_model(family)
     recipe = Calibrated(experts=6, shared=2, top_k=2, precision="float32")
     return dense, moecompile.convert(dense, recipe, [{"input_ids": rows} for rows in batches(4, 11)])
+
+
+def front_pair(disjoint: bool = False) -> tuple[Any, Any]:
+    """(dense, read-me), fresh copies; aligned: experts that overlap."""
+    return copy.deepcopy(_front_pair(disjoint))
+
+
+@cache
+def _front_pair(disjoint: bool) -> tuple[Any, Any]:
+    dense = dense_model()
+    shape: dict[str, Any] = {"disjoint": True, "experts": 6, "shared": 2, "top_k": 2} if disjoint else {"active_fraction": 0.6}
+    recipe = ReadMe(distillation=Distillation(steps=3), router_width=16, router_heads=2, router_mlp=16, **shape)
+    data = {f"d{n}": [{"input_ids": rows % 33 + 33 * n}] for n, rows in enumerate(batches(3, 11))}
+    return dense, moecompile.convert(dense, recipe, data).eval()
 
 
 def run(folder: Path | None, steps: int = 8, kill_at: int | None = None) -> tuple[Any, Tuning]:

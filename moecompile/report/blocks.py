@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 EVAL = "moecompile eval OUT --text FILE"
+TUNE = "moecompile tune OUT --text FILE --tokens 500000"
 CONVERT = "moecompile convert MODEL OUT --recipe calibrated --calibration FILE"
 
 

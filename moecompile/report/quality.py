@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import charts, text
-from .blocks import CONVERT, EVAL, Block, Section, Table
+from .blocks import CONVERT, EVAL, TUNE, Block, Section, Table
 from .evaluations import DENSE, Evaluation, Group
 from .text import finite, items, mappings, plain
 
@@ -103,7 +103,7 @@ def usage(record: Mapping[str, Any]) -> Section:
             why = f"The recipe {plain(record.get('recipe'))} has no router, so no experts are chosen"
             block = Block(missing=f"{why}; for a recipe that routes", command=CONVERT)
         else:
-            block = Block(missing="How often each expert is chosen has not been recorded yet", command=EVAL)
+            block = Block(missing="How often each expert is chosen has not been recorded yet; tuning measures it", command=TUNE)
         return Section("usage", title, [block])
     chosen = {plain(site.get("name")): finite(site.get("top_k")) for site in mappings(record.get("sites"))}
     labels, pattern = text.short_names([name for name, _ in layers])
@@ -132,7 +132,7 @@ def usage(record: Mapping[str, Any]) -> Section:
     columns = ("site", "experts", "uniform level", "least", "most", "entropy", "dead")
     table = Table("Use of the experts by site", columns, rows, frozenset(range(1, 7)))
     missing = "" if chart else "No share in the record is a finite number; to measure again"
-    return Section("usage", title, [Block("", sentence, chart, [table], missing, EVAL if missing else "")])
+    return Section("usage", title, [Block("", sentence, chart, [table], missing, TUNE if missing else "")])
 
 
 def entropy(values: Sequence[float | None]) -> str:
@@ -180,6 +180,8 @@ def reconstruction(record: Mapping[str, Any]) -> Section:
     ]
     table = Table("Relative error by site", ("site", "before", "after"), rows, frozenset({1, 2}))
     sentence = "How far the output of each converted network is from that of the dense one, relative to the latter."
+    if mappings(record.get("tuning")):
+        sentence += " As converted: tuning came later."
     if undrawn:
         sentence += f" Not drawn, for want of a finite number: {undrawn} values."
     return Section("reconstruction", title, [Block("", sentence, chart, [table], aside=True)])

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import charts, text
-from .blocks import Block, Section, Table
+from .blocks import TUNE, Block, Section, Table
 from .text import as_mapping, finite, mappings, plain
 
-TUNE = "moecompile tune OUT --text FILE --tokens 500000"
 _PARTS = (
     ("loss", "loss"),
     ("kl", "KL of the logits, nats"),
