@@ -233,6 +233,11 @@ class MoEPlan:
             return KIND
         return "layerwise" if any(s.router != "none" for s in self.sites) else "none"
 
+    @property
+    def exact(self) -> bool:
+        """Whether all experts on is the dense model: no norm was refitted, and no projection without the dense one beside it."""
+        return not self.final_norm and all(site.keep_exact or DOWN not in site.fitted for site in self.sites)
+
     def with_exact(self, keep: bool) -> MoEPlan:
         """The plan with the dense down projection kept beside wherever the recipe changed it, and the dense final norm."""
         if not keep:

@@ -368,7 +368,7 @@ def test_dense_prefix_with_all_experts_is_the_plain_loss(
     result = run("eval", whole, *options, "--dense-prefix", prefix)
     expected = losses(model, rows_of(tokenizer, text, 4))[:, prefix - 1 :]
     assert result["perplexity"] == pytest.approx(math.exp(expected.mean()), rel=1e-5)
-    assert result["tokens"] == expected.numel() and result["dense_prefix"] == prefix
+    assert result["tokens"] == expected.numel() and result["dense_prefix"] == prefix and result["dense_prefix_exact"]
 
 
 def test_dense_prefix_of_a_routed_model(routed: Path, model: Any, text: Path, tokenizer: Any) -> None:

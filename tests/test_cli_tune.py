@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -106,6 +107,28 @@ def test_tune_replaces_the_folder_and_says_what_it_did(
     assert main(["report", str(moe)]) == 0
     page = (moe / "report.html").read_text()
     assert "Loss of run 1" in page and "What the error is made of" in page
+
+
+def test_progress_has_rate_loss_and_time_left(
+    moe: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moecompile import progress
+
+    bar = progress.tqdm
+    monkeypatch.setattr(progress, "tqdm", lambda *a, **k: bar(*a, **{**k, "delay": 0, "mininterval": 0}))
+    loud = [option for option in SHORT if option != "--quiet"]
+    assert main(["tune", str(moe), "--text", *map(str, texts), "--tokens", "640", *loud]) == 0
+    shown = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("tuning") and "10/20" in line]
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, .*loss \d+\.\d{3}, \d+ tokens/s\]", shown[0]), shown
+
+
+def test_a_prefix_by_refitted_experts_is_not_called_dense(
+    moe: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--text", str(texts[0]), "--window", "32", "--max-windows", "2", "--dense-prefix", "8", "--json"]
+    assert main(["eval", str(moe), *asked]) == 0
+    out, err = capsys.readouterr()
+    assert not json.loads(out)["dense_prefix_exact"] and "not the dense model" in err
 
 
 def test_a_killed_command_goes_on(moe: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from moecompile.report.quality import entropy
 
 LAYERS, EXPERTS, SHARED, TOP_K = 6, 12, 4, 4
 EVAL = "moecompile eval OUT --text FILE"
+TUNE = "moecompile tune OUT --text FILE --tokens 500000"
 SECTIONS = ("perplexity", "sites", "usage", "reconstruction", "diagnosis", "tuning", "costs")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -373,8 +374,8 @@ def test_a_missing_part_is_one_sentence(record: dict[str, Any], missing: str) ->
         assert part.source.count("<svg") <= whole.source.count("<svg")
         assert "None" not in part.text and not re.search(r"<svg[^>]*></svg>", part.source)
         if missing in ("evaluations", "usage"):
-            anchor = "perplexity" if missing == "evaluations" else "usage"
-            assert EVAL in part.section(anchor)
+            anchor, command = ("perplexity", EVAL) if missing == "evaluations" else ("usage", TUNE)
+            assert command in part.section(anchor)
     del record[missing]
     assert read(render(record)).source.count("<section") == len(SECTIONS)
 

@@ -288,14 +288,15 @@ def trained(folder: Path) -> dict[str, Tensor]:
     return load_file(state / "tensors.safetensors")
 
 
-def test_a_killed_run_ends_where_it_would_have(tmp_path: Path) -> None:
-    whole, done = run(tmp_path / "whole")
-    command = [sys.executable, str(HERE / "tuning.py"), str(tmp_path / "killed"), "5"]
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_killed_run_ends_where_it_would_have(rank: int, tmp_path: Path) -> None:
+    whole, done = run(tmp_path / "whole", lora_rank=rank)
+    command = [sys.executable, str(HERE / "tuning.py"), str(tmp_path / "killed"), "5", str(rank)]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["step-00000003"]  # of save_every 3
-    again, rest = run(tmp_path / "killed")
+    again, rest = run(tmp_path / "killed", lora_rank=rank)
     assert rest.resumed_from == 3 and rest.curve == done.curve
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
     first, second = trained(tmp_path / "whole"), trained(tmp_path / "killed")
@@ -322,30 +323,41 @@ def test_another_run_is_not_gone_on_from(tmp_path: Path) -> None:
 # Several processes
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    config = TuneConfig(learning_rate=3e-3, oracle_weight=0.1, checkpointing=True, save_every=2, precision="float32")
+@pytest.mark.parametrize("rank", [0, 3])
+def test_two_processes_do_what_one_does(rank: int, tmp_path: Path) -> None:
+    """Also after both were killed at a step behind the last checkpoint."""
+    config = TuneConfig(
+        learning_rate=3e-3, oracle_weight=0.1, checkpointing=True, save_every=2, precision="float32", lora_rank=rank
+    )  # fmt: skip
     script = tmp_path / "job.py"
     script.write_text(
-        "import json, sys, torch, moecompile\n"
+        "import json, os, signal, sys, torch, moecompile\n"
         "torch.set_num_threads(1)\n"
         "from tuning import batches, pair\n"
-        "from moecompile.tuning.parallel import process_group, world\n"
+        "from moecompile.tuning.parallel import barrier, process_group, world\n"
+        "def on_step(done, row):\n"
+        "    if done == int(sys.argv[2]):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "dense, moe = pair()\n"
         f"config = moecompile.{config!r}\n"
         "with process_group(torch.device('cpu')):\n"
-        "    done = moecompile.tune(moe, dense, batches(4), config, folder=sys.argv[1])\n"
+        "    done = moecompile.tune(moe, dense, batches(4), config, folder=sys.argv[1], on_step=on_step)\n"
         "    if world()[0] == 0:\n"
         "        total = [float(p.detach().double().abs().sum()) for p in moe.parameters()]\n"
-        "        print(json.dumps({'curve': done.curve, 'total': total, 'world': world()[1]}))\n"
+        "        made = {'curve': done.curve, 'total': total, 'world': world()[1], 'first': done.resumed_from}\n"
+        "        print(json.dumps(made))\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(
-        [*launch, str(tmp_path / "state")], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert job.returncode == 0, job.stderr[-3000:]
-    two = json.loads(job.stdout.strip().splitlines()[-1])
-    assert two["world"] == 2
+
+    def job(folder: str, kill_at: int) -> dict[str, Any]:
+        command = [*launch, str(tmp_path / folder), str(kill_at)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        assert (done.returncode == 0) == (kill_at == 0), done.stderr[-3000:]
+        return json.loads(done.stdout.strip().splitlines()[-1]) if kill_at == 0 else {}
+
+    two = job("state", 0)
+    assert two["world"] == 2 and two["first"] == 0
     dense, moe = pair()
     one = moecompile.tune(moe, dense, batches(4), config)
     for own, other in zip(one.curve, two["curve"], strict=True):
@@ -354,8 +366,12 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     total = [float(p.detach().double().abs().sum()) for p in moe.parameters()]
     assert total == pytest.approx(two["total"], rel=1e-3)
     stored = trained(tmp_path / "state")  # whole tensors, from shards
-    own = dict(moe.named_parameters())
-    assert all(stored[f"value/{name}"].shape == own[name].shape for name in own if f"value/{name}" in stored)
+    if not rank:
+        own = dict(moe.named_parameters())
+        assert all(stored[f"value/{name}"].shape == own[name].shape for name in own if f"value/{name}" in stored)
+    job("killed", 3)
+    rest = job("killed", 0)
+    assert rest["first"] == 2 and rest["curve"] == two["curve"] and rest["total"] == two["total"]
 
 
 # Bad input, data

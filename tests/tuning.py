@@ -63,7 +63,7 @@ def _front_pair(disjoint: bool) -> tuple[Any, Any]:
     return dense, moecompile.convert(dense, recipe, data).eval()
 
 
-def run(folder: Path | None, steps: int = 8, kill_at: int | None = None) -> tuple[Any, Tuning]:
+def run(folder: Path | None, steps: int = 8, kill_at: int | None = None, lora_rank: int = 0) -> tuple[Any, Tuning]:
     """Tune a fresh pair; with ``kill_at`` the process dies by SIGKILL once that many steps are done."""
 
     def on_step(done: int, row: dict[str, float]) -> None:
@@ -71,10 +71,10 @@ def run(folder: Path | None, steps: int = 8, kill_at: int | None = None) -> tupl
             os.kill(os.getpid(), signal.SIGKILL)
 
     dense, moe = pair()
-    config = TuneConfig(learning_rate=3e-3, oracle_weight=0.1, save_every=3, precision="float32")
+    config = TuneConfig(learning_rate=3e-3, oracle_weight=0.1, save_every=3, precision="float32", lora_rank=lora_rank)
     return moe, moecompile.tune(moe, dense, batches(8), config, steps=steps, folder=folder, on_step=on_step)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), kill_at=int(sys.argv[2]))
+    run(Path(sys.argv[1]), kill_at=int(sys.argv[2]), lora_rank=int(sys.argv[3]))

@@ -45,7 +45,8 @@ def add(commands: Any) -> None:
         type=int,
         default=0,
         metavar="P",
-        help="process the first P tokens of a window with all experts, score the rest",
+        help="process the first P tokens of a window with all experts, score the rest; they are the dense model where "
+        "the folder was converted with --keep-exact, or nothing was refitted",
     )
     sub.add_argument("--skip", type=int, default=0, metavar="P", help="score only what follows the first P tokens of a window")
     sub.add_argument("--compile", action="store_true", help="compile the model first (a minute or two); pays for long texts")
@@ -94,6 +95,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("dense_prefix", "skip", "compile"):
         if getattr(options, name):
             result[name] = getattr(options, name)
+    if options.dense_prefix:
+        result["dense_prefix_exact"] = _exact(options, model)
+        if not result["dense_prefix_exact"]:
+            progress.say("all experts on is not the dense model here, which was refitted or tuned; see --keep-exact of convert")
     if converted and not options.no_record:
         _record(options, result)
     figure = f"accuracy {result['accuracy']:.4f}" if options.task == "lambada" else f"perplexity {result['perplexity']:.3f}"
@@ -103,6 +108,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     active = f"{result['active_fraction']:.0%} of FFN neurons active"
     text = f"{figure}  ({result['corpus']}, {amount}, {active}, {result['seconds']:.1f} s)"
     return {"json": result, "text": text}
+
+
+def _exact(options: argparse.Namespace, model: nn.Module) -> bool:
+    """Whether all experts on is the dense model: ``--keep-exact``, or nothing refitted, and not tuned."""
+    exact: bool = model.moecompile_plan.exact  # type: ignore[union-attr, assignment]
+    return exact and not checkpoint.record_of(options.model).get("tuning")
 
 
 def _record(options: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -242,7 +242,7 @@ class _Run:
         finally:
             self._undo.close()
         size = sum(parameter.numel() for parameter in self.parameters)
-        rate = (tokens - already) / seconds if first < steps else 0.0
+        rate = (tokens - already) / seconds if first < steps else tokens / before if before else 0.0
         return Tuning(steps, tokens, round(before + seconds, 3), round(rate, 2), size, curve, first)
 
     def _step(self, inputs: dict[str, Tensor], step: int, steps: int) -> dict[str, float]:
