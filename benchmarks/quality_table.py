@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
+import textwrap
 from typing import Any
 
 from moecompile.report import charts
@@ -12,6 +13,7 @@ from moecompile.report import charts
 Row = dict[str, Any]
 _COLOURS = ("#7a818c", "#2a5fc4", "#b8500f", "#12775d", "#8446b8", "#8a6a00", "#b52c63")  # s0 ... s6 of the report, light
 _LINE = 20
+_TOP, _WRAP = 20, 110  # of the dense perplexity, drawn at most; characters of a line of notes
 
 
 def markdown(record: dict[str, Any], about: dict[str, str]) -> str:
@@ -110,24 +112,30 @@ def _dial(rows: list[Row]) -> list[str]:
 
 
 def chart(record: dict[str, Any]) -> str:
-    """A standalone SVG: perplexity on the first corpus (means over the seeds) against active fraction, dense a dashed line."""
+    """A standalone SVG: perplexity on the first corpus (means over the seeds) against active fraction, dense a dashed line.
+
+    What is above :data:`_TOP` times the dense one is named under it alone: the others could not be told apart.
+    """
     corpus = next(iter(record["settings"]["corpora"]))
     names = [name for name in dict.fromkeys(row["variant"] for row in record["rows"]) if name != "dense"]
     dense = next((row for row in record["rows"] if row["variant"] == "dense"), None)
-    series = []
+    level = dense["perplexity"][corpus] if dense else None
+    most = math.inf if level is None else _TOP * level
+    series, above = [], []
     for index, name in enumerate(names, 1):
         own = [row for row in record["rows"] if row["variant"] == name]
         points = []
         for fraction in sorted({row["fraction"] for row in own}, key=lambda value: value or 0.0):
             here = [row for row in own if row["fraction"] == fraction]
             value, active = mean(here, corpus), sum(row["active_fraction"] for row in here) / len(here)
-            if math.isfinite(value):
+            if value > most:
+                above.append(f"{name} at {active:.0%}")
+            elif math.isfinite(value):
                 points.append(charts.Point(active, value, f"{name}: {_short(value)} at {active:.0%}"))
         if points:
             series.append(charts.Series(name, points, index))
     if not series:
         return ""
-    level = dense["perplexity"][corpus] if dense else None
     everything = series if dense is None else [
         charts.Series("dense", [charts.Point(1.0, level, f"dense: {_short(level)}")], 0), *series
     ]  # fmt: skip
@@ -138,14 +146,18 @@ def chart(record: dict[str, Any]) -> str:
     found = re.search(r"<svg[^>]*>(.*?)</svg>", str(drawn), flags=re.DOTALL)
     assert found is not None
     scale = " (logarithmic scale)" if "logarithmic" in str(drawn) else ""
-    return _standalone(found.group(1), everything, f"Perplexity on {corpus}{scale}; {record['settings']['model']}")
+    notes = textwrap.wrap(f"Above {_short(most)}: {', '.join(above)}", _WRAP) if above else []
+    return _standalone(found.group(1), everything, f"Perplexity on {corpus}{scale}; {record['settings']['model']}", notes)
 
 
-def _standalone(inner: str, series: list[charts.Series], title: str) -> str:
-    """The drawing with its own colours, title and legend, so that it can be shown outside the report."""
+def _standalone(inner: str, series: list[charts.Series], title: str, notes: list[str]) -> str:
+    """The drawing with its own colours, title, legend and lines of notes, so that it can be shown outside the report."""
     half = (len(series) + 1) // 2
-    height = charts.HEIGHT + 30 + half * _LINE + 10
-    keys = []
+    height = charts.HEIGHT + 30 + (half + len(notes)) * _LINE + 10
+    keys = [
+        f'<text x="{charts.LEFT}" y="{charts.HEIGHT + 40 + (half + number) * _LINE}" class="mid">{html.escape(line)}</text>'
+        for number, line in enumerate(notes)
+    ]
     for number, one in enumerate(series):
         x, y = 80 + (number // half) * charts.WIDTH / 2, charts.HEIGHT + 40 + (number % half) * _LINE
         keys.append(

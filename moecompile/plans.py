@@ -235,7 +235,7 @@ class MoEPlan:
 
     @property
     def exact(self) -> bool:
-        """Whether all experts on is the dense model: no norm was refitted, and no projection without the dense one beside it."""
+        """Whether all experts on is the dense model: no norm was refitted, no projection without the dense one beside it."""
         return not self.final_norm and all(site.keep_exact or DOWN not in site.fitted for site in self.sites)
 
     def with_exact(self, keep: bool) -> MoEPlan:
