@@ -81,7 +81,8 @@ class Explanation:
         share = self.costs["ffn_parameters"] / max(1, self.costs["parameters"])
         head = f"{self.model}: {len(self.sites)} feed-forward networks, {self.costs['parameters'] / 1e6:.1f} M parameters"
         if self.blocks:
-            text = [f"{self.model}: {len(self.blocks)} MoE blocks, {self.costs['parameters'] / 1e6:.1f} M parameters"]
+            count = f"{len(self.blocks)} MoE block{'' if len(self.blocks) == 1 else 's'}"
+            text = [f"{self.model}: {count}, {self.costs['parameters'] / 1e6:.1f} M parameters"]
             text += [f"  {block['name']}: {block['shape']}" for block in self.blocks]
             text += lines if self.sites else []
         else:
