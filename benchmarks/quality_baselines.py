@@ -85,7 +85,8 @@ def fitted_to_oracle() -> Iterator[Changes]:
     """Within, `calibrated` fits all that it fits behind the routers to what an oracle chooses: the experts of which the dense
     FFN's output changes most when each is replaced by its mean, on the converted model's own inputs.
 
-    Yields what :func:`with_changes` needs. Experts must be of one size.
+    Yields what :func:`with_changes` needs. Experts must be of one size, batches without padding. The split and the budgets are
+    those of the linear router. Activations in bfloat16 choose here, those in float32 at run time: close choices may turn.
     """
     changes: Changes = []
     lengths: list[Tensor] = []
@@ -110,8 +111,9 @@ def fitted_to_oracle() -> Iterator[Changes]:
 
 def with_changes(moe: nn.Module, changes: Changes) -> nn.Module:
     """A model that was converted within :func:`fitted_to_oracle`, with that oracle in place of its routers."""
-    blocks = [block for block in moe_blocks(moe).values() if block.router is not None]
-    for block, change in zip(blocks, changes, strict=True):
+    blocks = moe_blocks(moe)
+    routed = [blocks[site.site.placement.block] for site in moe.moecompile_plan.sites if site.router != "none"]  # type: ignore
+    for block, change in zip(routed, changes, strict=True):
         block.router = OracleRouter(block.experts, *change)
     return moe
 

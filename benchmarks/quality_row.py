@@ -124,7 +124,7 @@ class Job:
             folder=Path(path).name,
             **made_by(record),
         )
-        if self.job["prefix"] and all(site.keep_exact or not site.fitted for site in plan.sites):
+        if self.job["prefix"] and checkpoint.exact(model, record):
             row["dial"] = self._dial(model, model)
         return row
 

@@ -81,7 +81,7 @@ VARIANTS: dict[str, Variant] = {
         "static mask, idle means, least-squares refit of the down projection", lambda f: Static(f, "refit")
     ),
     "calibrated, no routing": Variant(
-        "this project's recipe with K 0: its static neurons, means, refit on the converted stream and final norm, no routing",
+        "this project's recipe with K 0: static neurons, as many in every layer, idle means, refit, final norm",
         _unrouted,
     ),
     "flap": Variant("FLAP for FFNs, weighted statistics, mean-bias compensation, no routing", Flap),
@@ -105,7 +105,7 @@ VARIANTS: dict[str, Variant] = {
         _counted,
     ),
     "calibrated, oracle": Variant(
-        "its experts, chosen by what they would put out, and all the rest fitted to that choice",
+        "its experts and budgets; chosen by what they would put out, projections and final norm fitted to that choice",
         _calibrated,
         "fitted oracle",
         deployable=False,

@@ -11,7 +11,7 @@ For a layer with N experts of which K are chosen, over T tokens:
                  from the dense weights with idle neurons at their means, for three choices of as many neurons: the router's,
                  the oracle's (the K experts of largest amplitude), the best neurons of each token
                  routing = router - oracle;  granularity = oracle - neurons;  the rest is what any such choice loses.
-                 Where experts overlap, "as many" is the router's mean, and single neurons are not always the better choice
+                 Outputs may cancel, so that the largest are not always the best choice, and a difference may be below 0
 
 ``error_converted`` is the block as it is, with its compensation and what tuning made of it.
 """
@@ -50,7 +50,7 @@ def balance(
     cache: float = CACHE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure every layer that routes.
+    """Measure every layer that routes, in the live module.
 
     Args:
         moe: a converted model.
@@ -78,7 +78,7 @@ def balance(
     routed = {
         site.site.placement.block: site
         for site in plan.sites
-        if site.site.placement is not None and blocks[site.site.placement.block].chooses
+        if site.site.placement is not None and (block := blocks.get(site.site.placement.block)) and block.chooses
     }
     with (progress or Progress()).bar("diagnosis", len(routed)) as bar:
         for names in _shares_of(routed, tokens if dense is not None else 0):

@@ -430,6 +430,17 @@ def record_of(path: str | Path) -> dict[str, Any]:
     return read_json(folder / RECORD)
 
 
+def exact(model: nn.Module, record: Mapping[str, Any]) -> bool:
+    """Whether all experts on is the dense model: converted so (:attr:`MoEPlan.exact`), and nothing but its routers tuned since.
+
+    Args:
+        model: a converted model.
+        record: its folder's.
+    """
+    plan: MoEPlan = model.moecompile_plan  # type: ignore[union-attr, assignment]
+    return plan.exact and all(run.get("stage") == ["router"] for run in record.get("tuning") or ())
+
+
 def update_record(path: str | Path, record: dict[str, Any]) -> None:
     """Write a changed record, and the model card that shows it.
 

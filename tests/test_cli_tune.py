@@ -131,6 +131,16 @@ def test_a_prefix_by_refitted_experts_is_not_called_dense(
     assert not json.loads(out)["dense_prefix_exact"] and "not the dense model" in err
 
 
+def test_all_experts_are_the_dense_model_until_more_than_routers_is_tuned(moe: Path) -> None:
+    from moecompile import checkpoint
+
+    model, record = moecompile.load(moe), checkpoint.record_of(moe)
+    assert not checkpoint.exact(model, record)
+    model.moecompile_plan = model.moecompile_plan.with_exact(True)
+    assert checkpoint.exact(model, {**record, "tuning": [{"stage": ["router"]}]})
+    assert not checkpoint.exact(model, {**record, "tuning": [{"stage": ["router"]}, {"stage": ["router", "experts"]}]})
+
+
 def test_a_killed_command_goes_on(moe: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, given = tmp_path / "whole", ("--save-every", 4, "--text-weights", 3, 1)
     assert tune(moe, texts, "--output", whole, *given) == 0

@@ -314,6 +314,14 @@ def test_a_finished_run_is_not_gone_on_from_with_the_model_that_it_made(rank: in
     assert all(torch.equal(p, made[name]) for name, p in moe.named_parameters())
 
 
+def test_a_run_without_steps_left_gives_what_it_made(tmp_path: Path) -> None:
+    """Killed between its last checkpoint and its end."""
+    whole, done = run(tmp_path, steps=3)
+    again, rest = run(tmp_path, steps=3)
+    assert rest.resumed_from == 3 and rest.curve == done.curve and rest.tokens_per_second > 0
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
 def test_another_run_is_not_gone_on_from(tmp_path: Path) -> None:
     run(tmp_path, steps=3)
     with pytest.raises(InputError, match="--restart"):
@@ -325,7 +333,7 @@ def test_another_run_is_not_gone_on_from(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_two_processes_do_what_one_does(rank: int, tmp_path: Path) -> None:
-    """Also after both were killed at a step behind the last checkpoint."""
+    """Also after one was killed at a step behind the last checkpoint, which ends the other."""
     config = TuneConfig(
         learning_rate=3e-3, oracle_weight=0.1, checkpointing=True, save_every=2, precision="float32", lora_rank=rank
     )  # fmt: skip

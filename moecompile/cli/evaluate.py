@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name):
             result[name] = getattr(options, name)
     if options.dense_prefix:
-        result["dense_prefix_exact"] = _exact(options, model)
+        result["dense_prefix_exact"] = checkpoint.exact(model, checkpoint.record_of(options.model))
         if not result["dense_prefix_exact"]:
             progress.say("all experts on is not the dense model here, which was refitted or tuned; see --keep-exact of convert")
     if converted and not options.no_record:
@@ -108,12 +108,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     active = f"{result['active_fraction']:.0%} of FFN neurons active"
     text = f"{figure}  ({result['corpus']}, {amount}, {active}, {result['seconds']:.1f} s)"
     return {"json": result, "text": text}
-
-
-def _exact(options: argparse.Namespace, model: nn.Module) -> bool:
-    """Whether all experts on is the dense model: ``--keep-exact``, or nothing refitted, and not tuned."""
-    exact: bool = model.moecompile_plan.exact  # type: ignore[union-attr, assignment]
-    return exact and not checkpoint.record_of(options.model).get("tuning")
 
 
 def _record(options: argparse.Namespace, result: dict[str, Any]) -> None:

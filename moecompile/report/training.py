@@ -124,7 +124,8 @@ def _shares(names: Sequence[str], layers: Sequence[Mapping[str, Any]]) -> Block:
     columns = ("site", *(label for _, label in _CHOICES), "routing", "granularity")
     sentence = (
         "The dense weights with idle neurons at their means and as many neurons on, chosen in three ways. "
-        "Routing is what the best experts would save, granularity what single neurons would save beyond that."
+        "Routing is what the best experts would save, granularity what single neurons would save beyond that; where outputs "
+        "cancel, it may be less than nothing."
     )
     table = Table("Error by the choice of neurons", columns, rows, frozenset(range(1, 7)))
     return Block("What the error is made of", sentence, chart, [table])

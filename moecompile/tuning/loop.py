@@ -41,7 +41,7 @@ class Tuning:
         steps: optimizer steps in all, also those before a resumption.
         tokens: tokens learned from.
         seconds: of training in all, checkpoints included.
-        tokens_per_second: of this process's own steps.
+        tokens_per_second: of this process's own steps; where none were left, of those before.
         parameters: numbers that were trained.
         curve: per step ``step, tokens, loss, kl, label, layers, router, gradient_norm, learning_rate``; without ``kl, label,
             layers`` where only a router at the front learned.
