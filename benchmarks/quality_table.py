@@ -13,7 +13,7 @@ from moecompile.report import charts
 Row = dict[str, Any]
 _COLOURS = ("#7a818c", "#2a5fc4", "#b8500f", "#12775d", "#8446b8", "#8a6a00", "#b52c63")  # s0 ... s6 of the report, light
 _LINE = 20
-_TOP, _WRAP = 20, 80  # of the dense perplexity, drawn at most; characters of a line of notes
+_TOP, _WRAP = 40, 80  # of the dense perplexity, drawn at most; characters of a line of notes
 
 
 def markdown(record: dict[str, Any], about: dict[str, str]) -> str:

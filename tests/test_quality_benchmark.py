@@ -155,7 +155,7 @@ def test_chart_is_a_drawing_with_every_variant() -> None:
     texts = ["".join(node.itertext()) for node in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")]
     assert {"dense", "flap", "static <&>"} <= set(texts) and "broken" not in texts
     far = quality_table.chart(record_of([DENSE, row("flap"), row("random", value=9e5)]))
-    assert "Above 500.0: random at 50%" in far and "flap" in far and "9e" not in far and "900000" not in far
+    assert "Above 1000: random at 50%" in far and "flap" in far and "9e" not in far and "900000" not in far
 
 
 def test_dial_is_shown_beside_dense() -> None:
