@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from .apply import moe_blocks
 from .block import MoEFFN
 from .errors import InputError
-from .parity import evaluating
 from .plans import MoEPlan, SitePlan
 from .progress import Progress
 from .recipes.neurons import token_weights
@@ -87,8 +86,7 @@ def balance(
                 site, block, own = routed[name], blocks[name], kept.pop(name)
                 layers.append({"site": site.site.name, **routing(own.ids, block.spec.choosable, block.top_k, segment, cache)})
                 if dense is not None:
-                    with evaluating(moe):
-                        layers[-1] |= _errors(site, block, DenseFFN.read(site.site, dense), own)
+                    layers[-1] |= _errors(block, DenseFFN.read(site.site, dense), own)
                 bar.show(name)
     return {"tokens": tokens, "segment": segment, "cache": cache, "layers": layers}
 
@@ -177,19 +175,18 @@ def _sch(chosen: Sequence[Tensor], slots: int, segment: int) -> float:
     return hits / total if total else math.nan
 
 
-def _errors(site: SitePlan, block: MoEFFN, ffn: DenseFFN, own: Choices) -> dict[str, float]:
+def _errors(block: MoEFFN, ffn: DenseFFN, own: Choices) -> dict[str, float]:
     """The error of three choices of neurons on what the block reads, and the block's own."""
     x, ids = torch.cat(own.inputs), torch.cat(own.ids)
     dtype = ffn.up.dtype
-    y = ffn.output(ffn.hidden(x.to(dtype))).float()
-    hidden, down = ffn.hidden(x.to(dtype)).float(), ffn.down.float()  # [T, F], [D, F]
+    hidden, down = ffn.hidden(x.to(dtype)), ffn.down.float()  # [T, F], [D, F]
+    y, hidden = ffn.output(hidden).float(), hidden.float()
     weights = token_weights(y.norm(dim=1))
     idle = hidden - (weights @ hidden) / weights.sum()
     energy = idle.square() * down.square().sum(0)
-    member = torch.zeros(hidden.shape[1], len(site.choosable), device=x.device)
-    for number, neurons in enumerate(site.choosable):
-        member[list(neurons), number] = 1.0
-    oracle = (energy @ member).topk(ids.shape[1], dim=1).indices
+    each = torch.arange(block.spec.choosable, device=x.device)[:, None]
+    member = block.neurons_on(each) & ~block.neurons_on(each[:1, :0])  # [N, F], without the shared ones
+    oracle = (energy @ member.t().float()).topk(ids.shape[1], dim=1).indices
     scale = float(weights @ y.square().sum(1)) or 1.0
 
     def lost(on: Tensor) -> float:

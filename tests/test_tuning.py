@@ -342,7 +342,7 @@ def test_two_processes_do_what_one_does(rank: int, tmp_path: Path) -> None:
         "import json, os, signal, sys, torch, moecompile\n"
         "torch.set_num_threads(1)\n"
         "from tuning import batches, pair\n"
-        "from moecompile.tuning.parallel import barrier, process_group, world\n"
+        "from moecompile.tuning.parallel import process_group, world\n"
         "def on_step(done, row):\n"
         "    if done == int(sys.argv[2]):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
