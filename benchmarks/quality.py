@@ -2,11 +2,12 @@
 tokens, the same windows.
 
     python benchmarks/quality.py --domains TEXT... --text TEST --lambada LAMBADA.jsonl \\
-        [--only cmoe flap] [--fractions 0.5] [--seeds 0 1 2] [--folders NAME=FOLDER...] [--output FILE.json]
+        [--only cmoe flap] [--fractions 0.5] [--seeds 0 1 2] [--folders NAME=FOLDER...] [--tune TOKENS] [--output FILE.json]
 
-Without arguments the texts of examples/data are used. Each conversion runs in a process of its own. Rows are kept one by one in
-the output file (written aside and renamed): the same command again goes on where it was stopped and measures only what is
-missing, and --table alone writes the table anew. A table (.md) and a chart (.svg) stand beside it. A failed row stops the run.
+Without arguments the texts of examples/data are used. With --tune each conversion is tuned, too, all of them alike. Each
+conversion runs in a process of its own. Rows are kept one by one in the output file (written aside and renamed): the same
+command again goes on where it was stopped and measures only what is missing, and --table alone writes the table anew. A table
+(.md) and a chart (.svg) stand beside it. A failed row stops the run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(Path(__file__).resolve().parent)]
 
 from quality_table import chart, markdown  # noqa: E402
-from quality_variants import FRACTIONS, VARIANTS  # noqa: E402
+from quality_variants import FRACTIONS, STEP_TOKENS, TUNED, VARIANTS, variant_of  # noqa: E402
 
+from moecompile.errors import InputError  # noqa: E402
 from moecompile.files import write_bytes  # noqa: E402
 from moecompile.hub import load_dense, load_tokenizer  # noqa: E402
 from moecompile.progress import Progress  # noqa: E402
-from moecompile.text import read_passages, read_text  # noqa: E402
+from moecompile.text import check_weights, read_passages, read_text  # noqa: E402
 
 DATA = ROOT / "examples" / "data"
 DOMAINS = tuple(str(DATA / f"{name}.txt") for name in ("books", "code", "docs", "math", "wiki"))
@@ -60,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
                       help=f"of: {', '.join(VARIANTS)}")  # fmt: skip
     made.add_argument("--folders", nargs="+", default=[], metavar="NAME=FOLDER", help="converted or tuned folders as more rows")
     made.add_argument("--prefix", type=int, default=0, help="measure the phase dial with a dense prefix of so many tokens")
+    made.add_argument("--tune", type=int, default=0, metavar="TOKENS",
+                      help="also tune each conversion that could be deployed, on so many tokens of the same texts")  # fmt: skip
+    made.add_argument("--tune-weights", type=float, nargs="+", metavar="W",
+                      help="each domain's share of the tuning tokens (default: equal)")  # fmt: skip
     made.add_argument("--compile", action="store_true", help="measure each model compiled: for many windows")
     made.add_argument("--table", action="store_true", help="measure nothing, write table and chart from the rows there are")
     made.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -70,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Measure what is missing."""
     options = parser().parse_args()
+    check_tuning(options)
     options.examples = min(options.examples, len(read_passages(options.lambada))) if options.lambada else 0
     if options.model is None and not options.table:
         from fetch_model import fetch
@@ -97,6 +104,20 @@ def main() -> None:
                 bar.show(", ".join(job["variants"]))
     write(options.output, record)
     print(options.output.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def check_tuning(options: argparse.Namespace) -> None:
+    """Refuse what would fail behind the first conversion.
+
+    Raises:
+        SystemExit: with what is wrong.
+    """
+    if options.tune and options.tune < STEP_TOKENS:
+        raise SystemExit(f"--tune is {options.tune}; a step takes {STEP_TOKENS} tokens")
+    try:
+        check_weights("--tune-weights", options.tune_weights, len(options.domains))
+    except InputError as error:
+        raise SystemExit(str(error)) from None
 
 
 def texts(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
@@ -150,6 +171,8 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
         "calibration_tokens": options.calibration_tokens,
         "calibration_window": options.calibration_window,
         "calibration_weights": options.calibration_weights,
+        "tune": options.tune,
+        "tune_weights": options.tune_weights,
         "prefix": options.prefix,
         "dial": [name for name, variant in VARIANTS.items() if variant.dial] if options.prefix else [],
         "compile": options.compile,
@@ -162,10 +185,10 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
     for seed in options.seeds:
         for fraction in sorted(options.fractions, key=lambda value: abs(value - 0.5)):  # half active first
             groups: dict[str, dict[str, Any]] = {}
-            for name in options.only:
+            for name in (*options.only, *(tuned_names(options.only) if options.tune else ())):
                 if (name, fraction, seed) in there:
                     continue
-                variant = VARIANTS[name]
+                variant = variant_of(name)
                 recipe = variant.recipe(fraction) if variant.recipe else None
                 found = {
                     "recipe": None if recipe is None else recipe.name,
@@ -183,6 +206,11 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
             yield {**common, "folder": path, "variants": {name: ""}}
 
 
+def tuned_names(names: Iterable[str]) -> list[str]:
+    """The rows that tuning adds: one for each conversion that could be deployed."""
+    return [f"{name}{TUNED}" for name in names if VARIANTS[name].recipe and not VARIANTS[name].wrap]
+
+
 def key_of(row: dict[str, Any]) -> tuple[str, float | None, int | None]:
     """What tells rows apart; a folder's row by its name alone."""
     return (row["variant"], None, None) if row.get("folder") else (row["variant"], row["fraction"], row["seed"])
@@ -191,6 +219,10 @@ def key_of(row: dict[str, Any]) -> tuple[str, float | None, int | None]:
 def complete(row: dict[str, Any], options: argparse.Namespace) -> bool:
     """Whether a row holds everything that is asked for; one that does not is measured anew."""
     variant = VARIANTS.get(row["variant"])
+    if row["variant"].endswith(TUNED) and not row.get("folder"):
+        run = row["tuning"][-1]
+        if (run["tokens"], run["weights"]) != (options.tune // STEP_TOKENS * STEP_TOKENS, options.tune_weights):
+            return False
     dial = options.prefix and (row["variant"] == "dense" or (variant is not None and variant.dial))
     return (not options.examples or row.get("examples") == options.examples) and (
         not dial or row.get("dial", {}).get("prefix") == options.prefix
@@ -226,11 +258,11 @@ def row_process(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 def write(output: Path, record: dict[str, Any]) -> None:
     """The rows, the table and the chart, each written aside and renamed."""
-    order = list(VARIANTS)
+    order = [*VARIANTS, *tuned_names(VARIANTS)]
     place = {name: number for number, name in enumerate(order)}
     record["rows"].sort(key=lambda row: (row["fraction"] or 0.0, place.get(row["variant"], len(order)), row["seed"] or 0))
     write_bytes(output, (json.dumps(record, indent=1) + "\n").encode())
-    about = {name: variant.about for name, variant in VARIANTS.items()}
+    about = {name: variant_of(name).about for name in order}
     write_bytes(output.with_suffix(".md"), markdown(record, about).encode())
     write_bytes(output.with_suffix(".svg"), chart(record).encode())
 

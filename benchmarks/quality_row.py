@@ -5,14 +5,17 @@ Reads a job (JSON) on stdin, writes the rows (a JSON list) on stdout; progress o
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from quality_baselines import fitted_to_oracle, kept_fraction, with_changes, with_oracle, with_thresholds
+from quality_variants import STEP_TOKENS, TUNE_BATCH, TUNE_WINDOW, TUNING
 from torch import nn
 
 import moecompile
@@ -28,6 +31,8 @@ from moecompile.memory import keep_freed
 from moecompile.progress import Progress
 from moecompile.recipes import RECIPES, Recipe
 from moecompile.text import calibration_windows, evaluation_windows, read_passages
+from moecompile.tuning import tune
+from moecompile.tuning.data import Windows, split
 
 
 def main() -> None:
@@ -93,9 +98,12 @@ class Job:
         }
         compute = round(done.costs["flops_per_token"] / done.costs["flops_per_token_dense"], 6)
         rows = []
-        for name, wrap in sorted(job["variants"].items(), key=lambda item: item[1]):  # the plain one first
+        for name, wrap in sorted(job["variants"].items(), key=lambda item: item[1]):  # the plain one first, tuned last
+            if wrap == "tuned":
+                rows.append(self._row(name, done.module, **costs, compute_fraction=compute, **self._tuned(done.module, dense)))
+                continue
             if wrap:
-                model = with_changes(done.module, changes) if oracle else with_oracle(done.module)
+                model = with_changes(done.module, changes) if oracle else with_oracle(copy.deepcopy(done.module))
                 rows.append(self._row(name, model, **costs, compute_fraction=None))
                 continue
             row = self._row(name, done.module, **costs, compute_fraction=compute)
@@ -105,6 +113,20 @@ class Job:
                 row["dial"] = self._dial(done.module, exact)
             rows.append(row)
         return rows
+
+    def _tuned(self, model: nn.Module, dense: nn.Module) -> dict[str, Any]:
+        """Tune a converted model, in place; what was done."""
+        job = self.job
+        routed = any(block.chooses for block in moe_blocks(model).values())
+        config = replace(TUNING, stages=TUNING.stages[not routed :], seed=job["seed"])
+        parts, _ = split(self.tokenizer, job["calibration"], TUNE_WINDOW, 1)
+        batches = Windows(parts, job["tune"] // STEP_TOKENS, TUNE_BATCH, config.seed, job["tune_weights"])
+        done = tune(model, dense, batches, config, progress=self.progress)
+        facts = {
+            "tokens": done.tokens, "tokens_per_second": done.tokens_per_second, "stage": list(config.stages),
+            "window": TUNE_WINDOW, "batch": TUNE_BATCH, "weights": job["tune_weights"], "config": config.to_dict(),
+        }  # fmt: skip
+        return {"tuning": [run_facts(facts)], "tuning_peak_rss_bytes": peak_rss_bytes()}
 
     def _folder(self) -> dict[str, Any]:
         """A row for a converted, perhaps tuned, folder."""
@@ -162,15 +184,17 @@ class Job:
         return row
 
 
+def run_facts(run: dict[str, Any]) -> dict[str, Any]:
+    """What a row keeps of a tuning run."""
+    return {
+        **{key: run.get(key) for key in ("tokens", "stage", "window", "batch", "weights", "tokens_per_second")},
+        **{key: run["config"].get(key) for key in ("learning_rate", "label_weight", "lora_rank", "precision", "seed")},
+    }
+
+
 def made_by(record: dict[str, Any]) -> dict[str, Any]:
     """What a converted folder's record says of how it was made: recipe, calibration, tuning."""
-    runs = [
-        {
-            **{key: run.get(key) for key in ("tokens", "stage", "window", "batch", "weights", "tokens_per_second")},
-            **{key: run["config"].get(key) for key in ("learning_rate", "label_weight", "lora_rank", "precision", "seed")},
-        }
-        for run in record.get("tuning") or ()
-    ]
+    runs = [run_facts(run) for run in record.get("tuning") or ()]
     calibration = {key: value for key, value in (record.get("calibration") or {}).items() if key != "files"}
     return {
         "recipe": record.get("recipe"), "settings": record.get("recipe_config") or {}, "calibration": calibration,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecompile.recipes import Calibrated, CMoE, ExpertWeaver, Flap, MoEfication, RandomSplit, Recipe, Static
+from moecompile.tuning import TuneConfig
 
 FRACTIONS = (0.25, 0.5, 0.75)
 # Slices (shared, chosen, routed), of 256 for our own recipe (docs/quality.md), of 64 for the others that have fine experts.
@@ -15,6 +16,12 @@ _COUNTED = {0.25: (24, 27, 232), 0.5: (80, 38, 176), 0.75: (128, 56, 128)}
 _FINE = {0.25: (8, 8, 56), 0.5: (16, 16, 48), 0.75: (16, 32, 48)}
 _EIGHT = {0.25: (1, 1, 7), 0.5: (2, 2, 6), 0.75: (3, 3, 5)}  # CMoE's own: eight slices
 
+# How every variant is tuned (docs/tuning.md); what has no routers, without the router stage.
+TUNED = ", tuned"
+TUNING = TuneConfig(("router", "experts", "norms", "attention"), learning_rate=3e-4, label_weight=0.5)
+TUNE_WINDOW, TUNE_BATCH = 256, 8
+STEP_TOKENS = TUNE_WINDOW * TUNE_BATCH
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -23,8 +30,8 @@ class Variant:
     Attributes:
         about: what it is, for the notes under the table.
         recipe: the recipe for an active fraction; None where the dense model itself is measured.
-        wrap: ``""``, or what :mod:`quality_baselines` does to the model: ``oracle``, ``teal``, ``wina``; ``fitted oracle``
-            does it to the conversion too, which is then its own.
+        wrap: ``""``, or what is done to the model: ``tuned``, or :mod:`quality_baselines`' ``oracle``, ``teal``, ``wina``;
+            ``fitted oracle`` does it to the conversion too, which is then its own.
         deployable: whether the decision can be had without computing what it decides about.
         dial: whether the phase dial is measured too.
     """
@@ -111,3 +118,12 @@ VARIANTS: dict[str, Variant] = {
         deployable=False,
     ),
 }
+
+
+def variant_of(name: str) -> Variant:
+    """A variant by its name, also one that is tuned."""
+    if not name.endswith(TUNED):
+        return VARIANTS[name]
+    base = VARIANTS[name.removesuffix(TUNED)]
+    about = f"{base.about}; tuned by distillation from the dense model and by the texts' own next words"
+    return replace(base, about=about, wrap="tuned", dial=False)

@@ -91,6 +91,24 @@ def test_a_row_without_a_measurement_is_measured_again() -> None:
     assert [list(job["variants"]) for job in jobs(there, *asked, "--prefix", "8")] == [["dense"], ["calibrated"]]
 
 
+def test_tuning_adds_a_row_for_what_could_be_deployed() -> None:
+    asked = ("--only", "cmoe", "cmoe, oracle", "teal", "flap", "--fractions", "0.5", "--seeds", "0", "--tune", "5000")
+    found = jobs([DENSE], *asked)
+    assert [list(job["variants"]) for job in found] == [
+        ["cmoe", "cmoe, oracle", "cmoe, tuned"],
+        ["teal"],
+        ["flap", "flap, tuned"],
+    ]
+    run = {"tokens": 4096, "weights": None}  # whole steps
+    there = [DENSE, *(row(name) for name in ("cmoe", "cmoe, oracle", "teal", "flap")), row("cmoe, tuned", tuning=[run])]
+    assert [list(job["variants"]) for job in jobs(there, *asked)] == [["flap, tuned"]]
+    other = (*asked, "--tune-weights", "1", "2", "3", "4", "5")
+    assert [list(job["variants"]) for job in jobs(there, *other)] == [["cmoe, tuned"], ["flap, tuned"]]
+    for wrong, why in ((("--tune", "2000"), "a step takes 2048"), ((*other, "6"), "--tune-weights")):
+        with pytest.raises(SystemExit, match=why):
+            quality.check_tuning(options(*wrong))
+
+
 def test_no_more_passages_are_wanted_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passages, out = tmp_path / "l.jsonl", tmp_path / "out.json"
     passages.write_text('{"text": "the router sends"}\n' * 3, encoding="utf-8")
@@ -260,4 +278,11 @@ def test_stopped_and_taken_up_again(dense_folder: Path, tmp_path: Path) -> None:
         assert set(measured["perplexity"]) == {"test", "a", "b"} and 0 <= measured["lambada"] <= 1
     assert second["rows"][2]["compute_fraction"] > second["rows"][2]["active_fraction"] == 0.5
     assert (tmp_path / "out.md").read_text().count("| cmoe, oracle |") == 1
+    third = run("--only", "static", "cmoe", "cmoe, oracle", "--tune", "4096", "--tune-weights", "1", "3")
+    named = {r["variant"]: r for r in third["rows"]}
+    assert list(named) == ["dense", "static", "cmoe", "cmoe, oracle", "wina", "static, tuned", "cmoe, tuned", "tuned"]
+    for name, stages in (("static", ["experts", "norms", "attention"]), ("cmoe", ["router", "experts", "norms", "attention"])):
+        before, after = named[name], named[f"{name}, tuned"]
+        assert after["perplexity"]["a"] < before["perplexity"]["a"] and after["active_fraction"] == before["active_fraction"]
+        assert after["tuning"][0]["stage"] == stages and after["tuning"][0]["tokens"] == 4096
     ElementTree.fromstring((tmp_path / "out.svg").read_text())
