@@ -174,6 +174,26 @@ def test_a_killed_command_goes_on(moe: Path, texts: list[Path], tmp_path: Path, 
     assert not (tmp_path / ".out.tuning").exists()
 
 
+def test_a_command_killed_behind_its_result_does_not_tune_twice(
+    moe: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moecompile.cli import tune as command
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "throw_away", lambda folder: None)
+        assert tune(moe, texts, "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    left, weights = moe.parent / ".moe.tuning", (moe / "model.safetensors").read_bytes()
+    kept = shutil.copytree(left, moe.parent / "kept")
+    assert tune(moe, texts, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again == first and (moe / "model.safetensors").read_bytes() == weights and not left.exists()
+    shutil.copytree(kept, left)  # another run on the tuned model is another run
+    assert tune(moe, texts, "--seed", 1) == 0
+    assert (moe / "model.safetensors").read_bytes() != weights and not left.exists()
+    assert [run["resumed_from"] for run in json.loads((moe / "moecompile.json").read_text())["tuning"]] == [0, 0]
+
+
 def test_an_interrupted_command_says_how_to_go_on(
     moe: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shutil
+import hashlib
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..balancing import balance
 from ..errors import InputError
 from ..evaluate import active_fraction, perplexity
-from ..files import check_new_folder
+from ..files import check_new_folder, read_json
 from ..hub import check_positions, check_tokens, load_dense, load_tokenizer, local_path
 from ..precision import PRECISIONS
 from ..progress import Progress
@@ -26,7 +27,7 @@ from ..tuning.config import STAGES
 from ..tuning.data import Windows, split
 from ..tuning.loop import fingerprint
 from ..tuning.parallel import barrier, process_group, world
-from ..tuning.state import latest
+from ..tuning.state import STATE, latest, throw_away
 from . import command
 from .common import add_texts, checkpoint, device_of, peak_rss_bytes, progress_of, versions
 
@@ -188,9 +189,19 @@ def _tune(
     folder = target.resolve()
     folder = folder.with_name(f".{folder.name}.tuning")
     if options.restart and world()[0] == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        throw_away(folder)
     barrier()
     facts = {"data": fingerprint(batches.rows[batches.order])}
+    saved_before = _saved_run(folder, target)
+    barrier()  # all have looked
+    if saved_before is not None:
+        settings, recorded = saved_before
+        if world()[0] == 0:
+            throw_away(folder)
+        if settings == _plain({"config": config.to_dict(), "steps": steps, **facts}):
+            progress.say(f"{target} holds the result of this run already; its checkpoint was all that was left")
+            return {**recorded, "out": str(target)}
+    barrier()
     rows = held.to(device)
     before = _before(folder, moe, dense, rows, progress)
     try:
@@ -210,12 +221,41 @@ def _tune(
         record["usage"] = [{"site": one["site"], "fraction": one["usage"]} for one in layers]
     result["seconds"] = round(time.perf_counter() - start, 3)
     result["peak_rss_bytes"] = peak_rss_bytes()
-    record["tuning"] = [*record.get("tuning", ()), {**result, "curve": thinned(tuning.curve)}]
+    curve = thinned(tuning.curve)
+    record["tuning"] = [*record.get("tuning", ()), {**result, "curve": curve, "run": _run_mark(_settings(folder))}]
     record["evaluations"] = []  # they were the untuned model's
     record["versions"] = versions()
     checkpoint.save(moe, target, tokenizer=tokenizer, record=record, overwrite=options.overwrite or options.output is None)
-    shutil.rmtree(folder, ignore_errors=True)
+    throw_away(folder)
     return {**result, "out": str(target)}
+
+
+def _saved_run(folder: Path, target: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(settings, result) of the run whose checkpoint lies in a folder, where it is saved already: killed before its last step,
+    which throws the checkpoint away."""
+    if latest(folder) is None or not checkpoint.is_converted(target):
+        return None
+    settings, runs = _settings(folder), checkpoint.record_of(target).get("tuning") or [{}]
+    if runs[-1].get("run") != _run_mark(settings):
+        return None
+    settings.pop("model")  # the one that it began with is no longer there
+    return settings, {key: value for key, value in runs[-1].items() if key not in ("curve", "run")}
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run whose newest checkpoint lies in a folder."""
+    newest = latest(folder)
+    assert newest is not None
+    return read_json(newest / STATE)["settings"]
+
+
+def _run_mark(settings: dict[str, Any]) -> str:
+    """A short mark of a run: of its settings, its data and the weights that it began with."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings))
 
 
 def dense_of(given: str | None, record: dict[str, Any]) -> str:

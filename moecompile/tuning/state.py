@@ -6,6 +6,7 @@ same settings goes on from it, and ends bit for bit where it would have ended.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +29,14 @@ def latest(folder: Path) -> Path | None:
     """The newest checkpoint in a folder, or None."""
     found = sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
     return found[-1] if found else None
+
+
+def throw_away(folder: Path) -> None:
+    """Remove a run's checkpoints, what they say of the run last: large files take their time."""
+    for path in folder.glob(f"*/{TENSORS}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_state(
