@@ -100,7 +100,8 @@ class Job:
         rows = []
         for name, wrap in sorted(job["variants"].items(), key=lambda item: item[1]):  # the plain one first, tuned last
             if wrap == "tuned":
-                rows.append(self._row(name, done.module, **costs, compute_fraction=compute, **self._tuned(done.module, dense)))
+                facts = self._tuned(done.module, dense)
+                rows.append(self._row(name, done.module, **costs, **facts, compute_fraction=compute))
                 continue
             if wrap:
                 model = with_changes(done.module, changes) if oracle else with_oracle(copy.deepcopy(done.module))
