@@ -178,6 +178,17 @@ def _tune(
     parts, held = split(tokenizer, options.text, options.window, options.held_out)
     steps = options.tokens // (options.batch * options.window)
     batches = Windows(parts, steps, options.batch, options.seed, options.text_weights)
+    folder = target.resolve()
+    folder = folder.with_name(f".{folder.name}.tuning")
+    facts = {"data": fingerprint(batches.rows[batches.order])}
+    saved_before = None if options.restart else _saved_run(folder, target)
+    barrier()  # all have looked
+    if saved_before is not None and saved_before[0] == {"config": config.to_dict(), "steps": steps, **facts}:
+        progress.say(f"{target} holds the result of this run already; its checkpoint was all that was left")
+        if world()[0] != 0:
+            return {}
+        throw_away(folder)
+        return {**saved_before[1], "out": str(target)}
     source = dense_of(options.dense, record)
     progress.say(f"loading {options.out} and {source}")
     moe = checkpoint.load(options.out, device=device)
@@ -186,21 +197,8 @@ def _tune(
     check_tokens(moe, batches.rows)
     saved = share_tensors(moe, dense, config, _stages(record))
     progress.say(f"dense and converted model share {saved / 1e6:.0f} MB")
-    folder = target.resolve()
-    folder = folder.with_name(f".{folder.name}.tuning")
-    if options.restart and world()[0] == 0:
+    if (options.restart or saved_before is not None) and world()[0] == 0:
         throw_away(folder)
-    barrier()
-    facts = {"data": fingerprint(batches.rows[batches.order])}
-    saved_before = _saved_run(folder, target)
-    barrier()  # all have looked
-    if saved_before is not None:
-        settings, recorded = saved_before
-        if world()[0] == 0:
-            throw_away(folder)
-        if settings == _plain({"config": config.to_dict(), "steps": steps, **facts}):
-            progress.say(f"{target} holds the result of this run already; its checkpoint was all that was left")
-            return {**recorded, "out": str(target)}
     barrier()
     rows = held.to(device)
     before = _before(folder, moe, dense, rows, progress)
@@ -222,7 +220,7 @@ def _tune(
     result["seconds"] = round(time.perf_counter() - start, 3)
     result["peak_rss_bytes"] = peak_rss_bytes()
     curve = thinned(tuning.curve)
-    record["tuning"] = [*record.get("tuning", ()), {**result, "curve": curve, "run": _run_mark(_settings(folder))}]
+    record["tuning"] = [*record.get("tuning", ()), {**result, "curve": curve, "run": _run_mark(_state(folder)["settings"])}]
     record["evaluations"] = []  # they were the untuned model's
     record["versions"] = versions()
     checkpoint.save(moe, target, tokenizer=tokenizer, record=record, overwrite=options.overwrite or options.output is None)
@@ -231,31 +229,30 @@ def _tune(
 
 
 def _saved_run(folder: Path, target: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(settings, result) of the run whose checkpoint lies in a folder, where it is saved already: killed before its last step,
-    which throws the checkpoint away."""
+    """(settings, result) of the run whose last checkpoint lies in a folder, where the target is its result already.
+
+    Such a run was killed while it threw the checkpoint away.
+    """
     if latest(folder) is None or not checkpoint.is_converted(target):
         return None
-    settings, runs = _settings(folder), checkpoint.record_of(target).get("tuning") or [{}]
-    if runs[-1].get("run") != _run_mark(settings):
+    state, runs = _state(folder), checkpoint.record_of(target).get("tuning") or [{}]
+    settings = state["settings"]
+    if state["step"] < settings["steps"] or runs[-1].get("run") != _run_mark(settings):
         return None
-    settings.pop("model")  # the one that it began with is no longer there
+    del settings["model"]  # the one that it began with is no longer there
     return settings, {key: value for key, value in runs[-1].items() if key not in ("curve", "run")}
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run whose newest checkpoint lies in a folder."""
+def _state(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint in a folder says of its run."""
     newest = latest(folder)
     assert newest is not None
-    return read_json(newest / STATE)["settings"]
+    return read_json(newest / STATE)
 
 
 def _run_mark(settings: dict[str, Any]) -> str:
     """A short mark of a run: of its settings, its data and the weights that it began with."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings))
 
 
 def dense_of(given: str | None, record: dict[str, Any]) -> str:
