@@ -77,6 +77,7 @@ def main() -> None:
     """Measure what is missing."""
     options = parser().parse_args()
     check_tuning(options)
+    check_folders(options.folders)
     options.examples = min(options.examples, len(read_passages(options.lambada))) if options.lambada else 0
     if options.model is None and not options.table:
         from fetch_model import fetch
@@ -118,6 +119,24 @@ def check_tuning(options: argparse.Namespace) -> None:
         check_weights("--tune-weights", options.tune_weights, len(options.domains))
     except InputError as error:
         raise SystemExit(str(error)) from None
+
+
+def check_folders(pairs: list[str]) -> None:
+    """Refuse names of folders that would be taken for another row's in the table.
+
+    Raises:
+        SystemExit: with what is wrong.
+    """
+    names = set()
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not (name and path):
+            raise SystemExit(f"--folders {pair}: write NAME=FOLDER")
+        if name == "dense" or name.removesuffix(TUNED) in VARIANTS:
+            raise SystemExit(f"--folders {pair}: '{name}' is a row of this benchmark; give the folder another name")
+        if name in names:
+            raise SystemExit(f"--folders {pair}: two folders are called '{name}'; each needs a name of its own")
+        names.add(name)
 
 
 def texts(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
@@ -198,11 +217,9 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
                 groups.setdefault(key, {**common, **found, "seed": seed, "fraction": fraction, "variants": {}})
                 groups[key]["variants"][name] = variant.wrap
             yield from groups.values()
-    for pair in options.folders:
-        name, _, path = pair.partition("=")
-        if not path:
-            raise SystemExit(f"--folders {pair}: write NAME=FOLDER")
-        if (name, None, None) not in there:
+    held = {row["variant"]: row["folder"] for row in rows if row.get("folder") and complete(row, options)}
+    for name, _, path in (pair.partition("=") for pair in options.folders):
+        if held.get(name) != Path(path).name:  # the same name may have come to stand for another folder
             yield {**common, "folder": path, "variants": {name: ""}}
 
 

@@ -109,6 +109,22 @@ def test_tuning_adds_a_row_for_what_could_be_deployed() -> None:
             quality.check_tuning(options(*wrong))
 
 
+def test_a_folder_has_a_name_of_its_own() -> None:
+    asked = ("--only", "--fractions", "0.5", "--seeds", "0", "--folders", "mine=out/moe", "longer=out/more")
+    there = [DENSE, row("mine", folder="moe"), row("longer", folder="another")]
+    assert [(list(job["variants"]), job["folder"]) for job in jobs(there, *asked)] == [(["longer"], "out/more")]
+    quality.check_folders(options(*asked).folders)
+    for pairs, why in (
+        (["mine"], "write NAME=FOLDER"),
+        (["=out/moe"], "write NAME=FOLDER"),
+        (["dense=out/moe"], "'dense' is a row of this benchmark"),
+        (["cmoe, tuned=out/moe"], "'cmoe, tuned' is a row of this benchmark"),
+        (["mine=a", "mine=b"], "two folders are called 'mine'"),
+    ):
+        with pytest.raises(SystemExit, match=why):
+            quality.check_folders(pairs)
+
+
 def test_no_more_passages_are_wanted_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passages, out = tmp_path / "l.jsonl", tmp_path / "out.json"
     passages.write_text('{"text": "the router sends"}\n' * 3, encoding="utf-8")
