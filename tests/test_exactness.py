@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -178,6 +179,32 @@ def test_a_split_that_is_not_exact_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(convert_module, "build_blocks", spoiled)
     with pytest.raises(ParityError, match="not converted"):
         moecompile.convert(BY_NAME["llama"].build(), Contiguous(4))
+
+
+class _Outputs(nn.Module):
+    """Its input plus the outputs that it is to have: infinities and NaN among them."""
+
+    def __init__(self, outputs: list[float]) -> None:
+        super().__init__()
+        self.outputs = nn.Parameter(torch.tensor(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.outputs
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "difference"),
+    [
+        ([1.0, -math.inf], [1.5, -math.inf], 0.5),  # a masked logit on both sides
+        ([1.0, math.inf], [1.0, -math.inf], math.inf),
+        ([1.0, -math.inf], [1.0, 2.0], math.inf),
+        ([1.0, math.nan], [1.0, math.nan], math.inf),
+        ([], [], 0.0),
+    ],
+)
+def test_only_the_same_infinity_is_no_difference(ours: list[float], theirs: list[float], difference: float) -> None:
+    found, allowed = max_abs_error(_Outputs(ours), _Outputs(theirs), [(torch.zeros(1, len(ours)),)])
+    assert found == difference and allowed == TOLERANCE
 
 
 def test_routing_that_is_not_exact_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
