@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,9 +19,12 @@ import torch
 from families import BY_NAME
 from gguf_files import write_llama
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from moecompile import checkpoint, files
 from moecompile.cli import main
+from moecompile.errors import InputError
+from moecompile.evaluate import perplexity
 
 COUNTS = ("--recipe", "contiguous", "--experts", "4")
 STATIC = ("--recipe", "static", "--calibration-window", "32", "--calibration-tokens", "128")
@@ -445,6 +449,27 @@ def test_perplexity_of_a_model_that_is_not_causal(
     passages = tmp_path / "passages.jsonl"
     passages.write_text(json.dumps({"text": "the router sends the token to the expert"}) + "\n")
     refuse("eval", tmp_path / "model", "--text", passages, "--task", "lambada", "--quiet", words=(words,))
+
+
+class _Turning(nn.Module):
+    """Logits that change with the word to be predicted where the input begins with token 1, as a close choice may turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        logits = self.table[input_ids]
+        return SimpleNamespace(logits=logits + input_ids[:, -1:, None] if input_ids[0, 0] == 1 else logits)
+
+
+def test_a_close_choice_at_one_place_is_no_sight_of_the_word() -> None:
+    rows = torch.randint(2, 16, (2, 64))
+    rows[0, 0] = 1  # the first of eight pieces
+    assert perplexity(_Turning(), rows)["windows"] == 2
+    rows[0, ::8] = 1
+    with pytest.raises(InputError, match="sees the words that it is to predict"):
+        perplexity(_Turning(), rows)
 
 
 def test_tokens_that_the_model_does_not_know(
