@@ -198,7 +198,8 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
         "quiet": options.quiet,
         "recipe": None, "settings": {}, "seed": None, "fraction": None, "folder": None,
     }  # fmt: skip
-    there = {key_of(row) for row in rows if complete(row, options)}
+    done = [row for row in rows if complete(row, options)]
+    there = {key_of(row) for row in done}
     if ("dense", None, None) not in there:
         yield {**common, "variants": {"dense": "dense"}}
     for seed in options.seeds:
@@ -217,7 +218,7 @@ def jobs_of(options: argparse.Namespace, rows: list[Any], corpora: dict[str, Any
                 groups.setdefault(key, {**common, **found, "seed": seed, "fraction": fraction, "variants": {}})
                 groups[key]["variants"][name] = variant.wrap
             yield from groups.values()
-    held = {row["variant"]: row["folder"] for row in rows if row.get("folder") and complete(row, options)}
+    held = {row["variant"]: row["folder"] for row in done if row.get("folder")}
     for name, _, path in (pair.partition("=") for pair in options.folders):
         if held.get(name) != Path(path).name:  # the same name may have come to stand for another folder
             yield {**common, "folder": path, "variants": {name: ""}}

@@ -115,11 +115,12 @@ def _check_causal(model: nn.Module, rows: Iterable[Tensor], task: str) -> None:
 
 def _sees_last(model: nn.Module, piece: Tensor) -> bool:
     """Whether the logits before the last of some tokens (L,) change with that one."""
-    ids = piece.unsqueeze(0).to(next(model.parameters()).device)
+    parameter = next(model.parameters())
+    ids = piece.unsqueeze(0).to(parameter.device)
     other = ids.clone()
     other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, -1] - 1, ids[:, 0]).abs()
     one, two = (_logits(model, input_ids=each, use_cache=False)[:, :-1].float() for each in (ids, other))
-    narrow = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)  # experts may be summed in another order
+    narrow = parameter.dtype in (torch.bfloat16, torch.float16)  # experts may be summed in another order
     return float((one - two).abs().max()) > (0.1 if narrow else 1e-4) * float(one.abs().max())
 
 
